@@ -1,0 +1,1 @@
+"""Broker, store and claims inside the process: for tests, for the demo, and for programs that need no servers."""
