@@ -1,0 +1,118 @@
+"""Virtual time for tests: a timer that is due in an hour fires at once when nothing else is left to do.
+
+    @pytest.fixture(params=virtual_backends())
+    def anyio_backend(request):
+        return request.param
+
+Everything that asks `anyio.current_time()`, sleeps, or has a deadline then lives in that time; `time.time()` does not. A time
+limit around real I/O, a process or a thread runs out at once, for to the clock it is waiting: test those in real time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
+    from _typeshed import FileDescriptorLike
+
+__all__ = ["DeadlockError", "VirtualTimeLoop", "virtual_backends"]
+
+
+def virtual_backends() -> list[ParameterSet]:
+    """The parameters of an `anyio_backend` fixture: asyncio and trio, both in virtual time that starts at 0."""
+    import pytest
+    from trio.testing import MockClock
+
+    return [
+        pytest.param(("asyncio", {"loop_factory": VirtualTimeLoop}), id="asyncio-virtual"),
+        pytest.param(("trio", {"clock": MockClock(autojump_threshold=0)}), id="trio-virtual"),
+    ]
+
+
+class DeadlockError(RuntimeError):
+    """Every task waits for something that nothing can bring about any more."""
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An asyncio event loop whose time stands still while there is work, and jumps to the next timer when there is none.
+
+    Time starts at 0.0. Sockets and threads work as ever: what is ready is handled before the clock jumps. Where there is no
+    timer to jump to, the loop waits for sockets and threads up to `patience_s` real seconds, and not at all where there are
+    none; then it raises DeadlockError out of the loop's run, naming every task and the line at which it waits.
+    """
+
+    patience_s = 30.0
+
+    def __init__(self) -> None:
+        self._virtual_time = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        return self._virtual_time
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Wait for the threads without the limit of Python 3.12: in virtual time it would be over at once."""
+        await super().shutdown_default_executor()
+
+    def _jump(self) -> bool:
+        """To the next timer, if there is one."""
+        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        if not timers:
+            return False
+        # To its exact time instead of by a difference, so that sleep(0.1) three times ends at the same float everywhere.
+        self._virtual_time = max(self._virtual_time, timers[0].when())
+        return True
+
+    def _deadlock(self) -> DeadlockError:
+        waiting = sorted(_where(task) for task in asyncio.all_tasks(self))
+        return DeadlockError(
+            "deadlock: no task can run, no timer is set, and no socket or thread has anything to say; waiting are\n"
+            + "\n".join(f"  - {place}" for place in waiting)
+        )
+
+
+class _JumpingSelector(selectors.BaseSelector):
+    """The loop's own selector. That it is asked to wait tells that nothing is ready; then it lets the clock jump instead."""
+
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        self._loop = loop
+        self._real = selectors.DefaultSelector()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self._real.select(0)
+        if ready or (timeout is not None and timeout <= 0) or self._loop._jump():
+            return ready
+        # One file descriptor is the loop's own, by which threads and signals wake it.
+        if len(self._real.get_map()) > 1 or threading.active_count() > 1:
+            ready = self._real.select(self._loop.patience_s)
+        if not ready:
+            raise self._loop._deadlock()
+        return ready
+
+    def register(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
+        return self._real.unregister(fileobj)
+
+    def modify(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.modify(fileobj, events, data)
+
+    def get_map(self) -> Mapping[FileDescriptorLike, selectors.SelectorKey]:
+        return self._real.get_map()
+
+    def close(self) -> None:
+        self._real.close()
+
+
+def _where(task: asyncio.Task[Any]) -> str:
+    frames = task.get_stack()
+    if not frames:
+        return task.get_name()
+    frame = frames[-1]
+    return f"{task.get_name()} in {frame.f_code.co_qualname}, {frame.f_code.co_filename}:{frame.f_lineno}"
