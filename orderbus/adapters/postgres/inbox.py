@@ -1,0 +1,119 @@
+"""The inbox: a row for each (event, consumer), inserted in the effect's own transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from psycopg import AsyncCursor
+
+from orderbus.abc import InboxEntry, Verdict
+from orderbus.adapters.postgres.arrays import int4_array, int8_array, register, uuid_array
+from orderbus.adapters.postgres.pool import Connection
+from orderbus.errors import TransientError
+
+__all__ = ["begin", "forget", "number_consumers"]
+
+_BEGIN = "begin isolation level read committed read write"
+
+_INSERT = """\
+insert into orderbus.inbox (event_id, consumer, body_hash)
+select * from unnest(%b, %b, %b)
+on conflict do nothing
+returning event_id, consumer"""
+
+_LOOK_UP = """\
+select event_id, consumer, body_hash
+from unnest(%b, %b) as wanted (event_id, consumer) join orderbus.inbox using (event_id, consumer)"""
+
+_FORGET = """\
+delete from orderbus.inbox using unnest(%b, %b) as gone (event_id, consumer)
+where inbox.event_id = gone.event_id and inbox.consumer = gone.consumer"""
+
+
+async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> list[Verdict]:
+    """Begin a transaction and insert the entries in one round trip; a second one only where some were there already.
+
+    Rows are inserted in the order of their ids: two batches that share ids then wait for each other instead of deadlocking.
+    """
+    if not entries:
+        await connection.execute(_BEGIN, prepare=True)
+        return []
+    wanted = _hash_by_row(entries, numbers)
+    rows = sorted(wanted)
+    async with connection.pipeline():
+        await connection.execute(_BEGIN, prepare=True)
+        cursor = await _execute(
+            connection,
+            _INSERT,
+            uuid_array([event_id for event_id, _ in rows]),
+            int4_array([number for _, number in rows]),
+            int8_array([wanted[row] for row in rows]),
+        )
+    if cursor.rowcount == len(entries):
+        return [Verdict.NEW] * len(entries)
+    inserted = set(await cursor.fetchall())
+    found = await _look_up(connection, [row for row in rows if row not in inserted])
+    return _verdicts(entries, numbers, inserted, {**wanted, **found})
+
+
+async def forget(connection: Connection, entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> None:
+    """Drop entries again, inside the transaction that inserted them."""
+    await _execute(
+        connection,
+        _FORGET,
+        uuid_array([entry.event_id for entry in entries]),
+        int4_array([numbers[entry.consumer] for entry in entries]),
+    )
+
+
+async def number_consumers(connection: Connection, names: Sequence[str]) -> dict[str, int]:
+    """The number of each consumer, given to it now if it is new. In a transaction of its own: numbers outlive a rollback."""
+    ordered = sorted(names)
+    await connection.execute("insert into orderbus.consumer (name) select unnest(%s::text[]) on conflict do nothing", (ordered,))
+    cursor = await connection.execute("select name, id from orderbus.consumer where name = any (%s)", (ordered,))
+    return dict(await cursor.fetchall())
+
+
+def _hash_by_row(entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> dict[tuple[Any, int], int]:
+    """What to insert: of entries that stand twice in a batch, the first."""
+    wanted: dict[tuple[Any, int], int] = {}
+    for entry in entries:
+        wanted.setdefault((entry.event_id, numbers[entry.consumer]), entry.body_hash)
+    return wanted
+
+
+async def _look_up(connection: Connection, rows: Sequence[tuple[Any, int]]) -> dict[tuple[Any, int], int]:
+    if not rows:
+        return {}
+    cursor = await _execute(
+        connection, _LOOK_UP, uuid_array([event_id for event_id, _ in rows]), int4_array([number for _, number in rows])
+    )
+    found = {(event_id, number): body_hash for event_id, number, body_hash in await cursor.fetchall()}
+    if len(found) < len(rows):
+        raise TransientError("an inbox row that stood in the way is gone again; the next try will see it clearly")
+    return found
+
+
+def _verdicts(
+    entries: Sequence[InboxEntry],
+    numbers: Mapping[str, int],
+    inserted: set[Any],
+    hashes: dict[tuple[Any, int], int],
+) -> list[Verdict]:
+    new = set(inserted)
+    verdicts = []
+    for entry in entries:
+        row = (entry.event_id, numbers[entry.consumer])
+        if row in new:
+            new.discard(row)
+            verdicts.append(Verdict.NEW)
+        else:
+            verdicts.append(Verdict.DUPLICATE if hashes[row] == entry.body_hash else Verdict.CONFLICT)
+    return verdicts
+
+
+async def _execute(connection: Connection, query: str, *params: Any) -> AsyncCursor[Any]:
+    cursor = connection.cursor(binary=True)
+    register(cursor)
+    return await cursor.execute(query, params, prepare=True)

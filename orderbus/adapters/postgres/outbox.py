@@ -1,0 +1,213 @@
+"""What the relay does in the database: leases, reads above the floor, deletes, and the tables of scheduled and stuck rows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from psycopg import AsyncCursor
+
+from orderbus._core.outbox import plan_lease
+from orderbus._core.topology import BUCKETS
+from orderbus.abc import OutboxPage, OutboxRow, Stuck
+from orderbus.adapters.postgres.arrays import int2_array, int8_array, register
+from orderbus.adapters.postgres.errors import limited
+from orderbus.adapters.postgres.pool import Connection, Pool
+
+__all__ = ["PostgresOutbox", "promote_orphans"]
+
+
+class PostgresOutbox:
+    """Implements orderbus.abc.OutboxStore. All times are by the database's clock."""
+
+    def __init__(self, pool: Pool, *, limit_s: float) -> None:
+        self._pool = pool
+        self._limit_s = limit_s
+
+    async def lease(self, owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
+        """With `keep=None` the fair share; with a list, at most those, and none new. `keep=[]` also signs this relay off."""
+        async with self._connection() as connection, connection.transaction():
+            async with connection.pipeline():
+                await connection.execute(_LOCK_LEASES)
+                if keep is not None and not keep:
+                    await connection.execute("delete from orderbus.relay where owner = %s", (owner,))
+                else:
+                    await connection.execute(_SEEN, (owner,))
+                await connection.execute(_FORGET_DEAD, (lease_s,))
+                relays = await connection.execute("select owner from orderbus.relay")
+                leases = await connection.execute(_LEASES, (owner,))
+            held = dict(await leases.fetchall())
+            live = [name for (name,) in await relays.fetchall()]
+            plan = plan_lease(owner, live, held, keep=keep, buckets=BUCKETS)
+            async with connection.pipeline():
+                await connection.execute(_GIVE_BACK, (owner, sorted(plan)))
+                await connection.execute(_TAKE, (owner, lease_s, sorted(plan)))
+        return plan
+
+    async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
+        """Rows whose key has a stuck row are moved there too, behind it, so that the floor may pass them."""
+        async with self._connection() as connection:
+            cursor = await _cursor(connection).execute(_READ, (int2_array(buckets), floor, limit, limit_bytes), prepare=True)
+            found = await cursor.fetchall()
+            held = [row[2] for row in found if row[-1]]
+            if held:
+                await _cursor(connection).execute(_MOVE_BEHIND, (int8_array(held),), prepare=True)
+        rows = [_row(row[2:]) for row in found if row[2] is not None and not row[-1]]
+        return OutboxPage(rows=rows, xmin=found[0][0], last_id=found[0][1])
+
+    async def delete(self, rows: Sequence[OutboxRow]) -> int:
+        """From the outbox or the stuck table, wherever each is; of a key that was stuck, the next row may then be tried."""
+        async with self._connection() as connection:
+            cursor = await _cursor(connection).execute(_DELETE, {"ids": int8_array([row.id for row in rows])}, prepare=True)
+            found = await cursor.fetchone()
+        assert found is not None
+        xid: int = found[0]
+        return xid
+
+    async def set_aside(self, stuck: Sequence[Stuck]) -> None:
+        ids = [entry.row.id for entry in stuck]
+        reasons = [entry.reason for entry in stuck]
+        retries = [entry.retry_in_s for entry in stuck]
+        async with self._connection() as connection:
+            await connection.execute(_SET_ASIDE, {"ids": ids, "reasons": reasons, "retries": retries}, prepare=True)
+
+    async def due(self, buckets: Sequence[int], limit: int) -> Sequence[OutboxRow]:
+        async with self._connection() as connection:
+            async with connection.pipeline():
+                await _cursor(connection).execute(_MOVE_DUE, (int2_array(buckets), limit), prepare=True)
+                cursor = await _cursor(connection).execute(_READ_STUCK, (int2_array(buckets), limit), prepare=True)
+            return [_row(row) for row in await cursor.fetchall()]
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+            yield connection
+
+
+async def promote_orphans(connection: Connection) -> None:
+    """Let rows be tried whose predecessor was deleted just while they were moved behind it (a person did, or another relay)."""
+    await connection.execute(_PROMOTE_ORPHANS)
+
+
+_ROW = "id, event_id, bucket, topic, key, body, content_type, headers, unrouted, created_at"
+
+_READ = """\
+select m.xmin, m.last_id, r.id, r.event_id, r.bucket, r.topic, r.key, r.body, r.content_type, r.headers, r.unrouted, 0, r.is_held
+from (
+    select pg_snapshot_xmin(pg_current_snapshot())::text::bigint as xmin,
+        (select case when is_called then last_value else 0 end from orderbus.outbox_id_seq) as last_id
+) m
+left join lateral (
+    select sized.*, stuck.is_held
+    from (
+        select page.*, sum(octet_length(body)) over (order by id) - octet_length(body) as bytes_before
+        from (
+            select id, event_id, bucket, topic, key, body, content_type, headers::text, unrouted
+            from orderbus.outbox where bucket = any (%b) and id > %b order by id limit %b
+        ) page
+    ) sized
+    left join lateral (select true as is_held from orderbus.stuck where stuck.key = sized.key limit 1) stuck on true
+    where sized.bytes_before < %b
+) r on true
+order by r.id"""
+
+_MOVE_BEHIND = f"""\
+with gone as (delete from orderbus.outbox where id = any (%b) returning *)
+insert into orderbus.stuck ({_ROW}, reason, attempts, first_at, last_at, next_try_at, is_behind)
+select {_ROW}, 'behind', 0, now(), now(), case when head.is_there then null else now() end, head.is_there
+from gone, lateral (
+    select exists (select from orderbus.stuck where stuck.key = gone.key and stuck.id < gone.id) as is_there
+) head"""
+
+_DELETE = """\
+with published as (
+    delete from orderbus.outbox where id = any (%(ids)b)
+), unstuck as (
+    delete from orderbus.stuck where id = any (%(ids)b) returning key
+), next_in_line as (
+    update orderbus.stuck set is_behind = false, next_try_at = now()
+    where is_behind and id in (
+        select (select min(id) from orderbus.stuck where stuck.key = keys.key and id <> all (%(ids)b))
+        from (select distinct key from unstuck where key is not null) keys
+    )
+)
+select pg_current_xact_id()::text::bigint"""
+
+_SET_ASIDE = f"""\
+with given as (
+    select * from unnest(%(ids)s::bigint[], %(reasons)s::text[], %(retries)s::float8[]) as g (id, reason, retry_in_s)
+), renewed as (
+    update orderbus.stuck
+    set reason = given.reason, attempts = attempts + 1, last_at = now(), is_behind = false,
+        next_try_at = now() + make_interval(secs => given.retry_in_s)
+    from given where stuck.id = given.id
+), gone as (
+    delete from orderbus.outbox using given where outbox.id = given.id returning outbox.*, given.reason, given.retry_in_s
+)
+insert into orderbus.stuck ({_ROW}, reason, attempts, first_at, last_at, next_try_at, is_behind)
+select {_ROW}, reason, 1, now(), now(), now() + make_interval(secs => retry_in_s), false from gone"""
+
+_MOVE_DUE = """\
+with gone as (
+    delete from orderbus.scheduled where id in (
+        select id from orderbus.scheduled where bucket = any (%b) and due_at <= now()
+        order by due_at, id limit %b for update skip locked
+    ) returning *
+)
+insert into orderbus.outbox (event_id, bucket, topic, key, body, content_type, headers, unrouted)
+select event_id, bucket, topic, key, body, content_type, headers, unrouted from gone order by due_at, gone.id"""
+# The delete has assigned this transaction's xid before the insert takes ids: see _INSERT_OUTBOX in transaction.py.
+
+_READ_STUCK = """\
+select id, event_id, bucket, topic, key, body, content_type, headers::text, unrouted, attempts
+from orderbus.stuck
+where bucket = any (%b) and next_try_at <= now()
+    and not exists (select from orderbus.stuck earlier where earlier.key = stuck.key and earlier.id < stuck.id)
+order by next_try_at, id limit %b"""
+
+_PROMOTE_ORPHANS = """\
+update orderbus.stuck set is_behind = false, next_try_at = now()
+where is_behind and not exists (select from orderbus.stuck earlier where earlier.key = stuck.key and earlier.id < stuck.id)"""
+
+_LOCK_LEASES = "select pg_advisory_xact_lock(hashtextextended('orderbus.lease', 0))"
+
+_SEEN = """\
+insert into orderbus.relay (owner, seen_at) values (%s, now())
+on conflict (owner) do update set seen_at = excluded.seen_at"""
+
+_FORGET_DEAD = "delete from orderbus.relay where seen_at < now() - make_interval(secs => %s)"
+
+_LEASES = "select bucket, owner from orderbus.lease where until > now() or owner = %s"
+
+_GIVE_BACK = "delete from orderbus.lease where owner = %s and bucket <> all (%s)"
+
+_TAKE = """\
+insert into orderbus.lease (owner, until, bucket) select %s, now() + make_interval(secs => %s), unnest(%s::smallint[])
+on conflict (bucket) do update set owner = excluded.owner, until = excluded.until"""
+
+
+def _row(columns: tuple[Any, ...]) -> OutboxRow:
+    row_id, event_id, bucket, topic, key, body, content_type, headers, unrouted, attempts, *_ = columns
+    return OutboxRow(
+        event_id=event_id,
+        topic=topic,
+        key=key,
+        bucket=bucket,
+        body=body,
+        content_type=content_type,
+        headers=_decode_headers(headers),
+        unrouted=unrouted,
+        id=row_id,
+        attempts=attempts,
+    )
+
+
+_decode_headers = msgspec.json.Decoder(dict[str, str]).decode
+
+
+def _cursor(connection: Connection) -> AsyncCursor[Any]:
+    cursor = connection.cursor(binary=True)
+    register(cursor)
+    return cursor

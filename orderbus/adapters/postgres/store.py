@@ -1,0 +1,122 @@
+"""A PostgreSQL database as the store of a bus: its transactions, inbox and outbox."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from orderbus.abc import InboxEntry
+from orderbus.adapters.postgres import inbox as inbox_table, schema
+from orderbus.adapters.postgres.embedded import is_embedded, start_embedded
+from orderbus.adapters.postgres.errors import limited
+from orderbus.adapters.postgres.outbox import PostgresOutbox, promote_orphans
+from orderbus.adapters.postgres.partitions import create_partitions, drop_partitions
+from orderbus.adapters.postgres.pool import Pool, conninfo_for
+from orderbus.adapters.postgres.transaction import EnlistedTransaction, PostgresTransaction
+from orderbus.errors import UsageError
+
+__all__ = ["PostgresStore", "open_store"]
+
+
+@asynccontextmanager
+async def open_store(
+    url: str,
+    *,
+    name: str,
+    pool_size: int = 4,
+    statement_timeout_ms: int = 30_000,
+    lock_timeout_ms: int = 5_000,
+    idle_in_transaction_ms: int = 300_000,
+    acquire_s: float = 10.0,
+    connect_s: float = 5.0,
+) -> AsyncIterator[PostgresStore]:
+    """Open a store at `postgresql://…`, or `embedded` (see embedded.py); `name` shows in pg_stat_activity. asyncio only.
+
+    `pool_size` (≥ 1) is how many transactions may be open at once; `acquire_s` how long one more waits. The server ends a
+    statement, a wait for a lock and an idle transaction after the given times; what the URL's `options` say goes before.
+    Raises UnavailableError, naming host, port and database, when the server can't be reached within `connect_s`.
+    """
+    if pool_size < 1:
+        raise UsageError(f"pool_size={pool_size}: at least 1")
+    conninfo = conninfo_for(
+        await start_embedded(url) if is_embedded(url) else url,
+        name=name,
+        statement_timeout_ms=statement_timeout_ms,
+        lock_timeout_ms=lock_timeout_ms,
+        idle_in_transaction_ms=idle_in_transaction_ms,
+    )
+    pool = Pool(conninfo, size=pool_size, acquire_s=acquire_s, connect_s=connect_s)
+    try:
+        async with pool.connection():
+            pass
+        yield PostgresStore(pool, limit_s=statement_timeout_ms / 1000 + 5)
+    finally:
+        pool.close()
+
+
+class PostgresStore:
+    """Implements orderbus.abc.Store. `limit_s` bounds every conversation with the server, should the server's own limits fail."""
+
+    def __init__(self, pool: Pool, *, limit_s: float) -> None:
+        self._pool = pool
+        self._limit_s = limit_s
+        self._numbers: dict[str, int] = {}
+        self.outbox = PostgresOutbox(pool, limit_s=limit_s)
+
+    async def begin(self, inbox: Sequence[InboxEntry] = ()) -> PostgresTransaction:
+        """Raises TransientError where a transaction that handles the same event held its row for longer than lock_timeout."""
+        await self._know(inbox)
+        connection = await self._pool.acquire()
+        transaction = PostgresTransaction(self._pool, connection, numbers=self._numbers, limit_s=self._limit_s)
+        try:
+            async with limited(self._pool.where, self._limit_s):
+                transaction.verdicts = await inbox_table.begin(connection, inbox, self._numbers)
+        except Exception:
+            await transaction.rollback()
+            raise
+        except BaseException:
+            transaction.abandon()
+            raise
+        return transaction
+
+    def enlist(self, connection: Any) -> EnlistedTransaction:
+        """The outbox inside the caller's own transaction. Raises UsageError for what is not a psycopg AsyncConnection in one."""
+        return EnlistedTransaction(connection, where=self._pool.where, limit_s=self._limit_s)
+
+    async def check(self) -> None:
+        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+            await schema.check(connection)
+
+    async def apply_schema(self) -> list[int]:
+        """Bring the database to this library's schema version; which versions were applied."""
+        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+            return await schema.apply(connection)
+
+    async def maintain(self, window_s: float) -> None:
+        """Never waits long for a lock: what could not be done now is left for the next call. Two callers do not collide."""
+        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+            if not await _try_lock(connection):
+                return
+            try:
+                await create_partitions(connection)
+                await drop_partitions(connection, window_s)
+                await promote_orphans(connection)
+            finally:
+                await connection.execute(_UNLOCK)
+
+    async def _know(self, entries: Sequence[InboxEntry]) -> None:
+        """Learn the numbers of consumers met for the first time: as many as there are handlers."""
+        unknown = {entry.consumer for entry in entries}.difference(self._numbers)
+        if unknown:
+            async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+                self._numbers.update(await inbox_table.number_consumers(connection, sorted(unknown)))
+
+
+_TRY_LOCK = "select pg_try_advisory_lock(hashtextextended('orderbus.maintain', 0))"
+_UNLOCK = "select pg_advisory_unlock(hashtextextended('orderbus.maintain', 0))"
+
+
+async def _try_lock(connection: Any) -> bool:
+    row = await (await connection.execute(_TRY_LOCK)).fetchone()
+    return bool(row[0])

@@ -1,0 +1,178 @@
+"""A transaction: the inbox rows it was begun with, the handler's statements, and at commit everything else in one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import psycopg
+from psycopg import AsyncCursor, errors
+from psycopg.pq import TransactionStatus
+
+from orderbus.abc import Deferred, InboxEntry, OutboxRow, Verdict
+from orderbus.adapters.postgres import inbox
+from orderbus.adapters.postgres.arrays import bytea_array, int2_array, int8_array, register, text_array, uuid_array
+from orderbus.adapters.postgres.errors import limited
+from orderbus.adapters.postgres.pool import Connection, Pool
+from orderbus.errors import UnavailableError, UsageError
+
+__all__ = ["EnlistedTransaction", "PostgresTransaction"]
+
+
+class PostgresTransaction:
+    """An open transaction on a pooled connection; implements orderbus.abc.Transaction.
+
+    Where `commit` raises, the transaction is rolled back; only after UnavailableError or a cancellation it may have taken place.
+    A cancelled call never leaves the connection to others in a transaction.
+    """
+
+    def __init__(self, pool: Pool, connection: Connection, *, numbers: Mapping[str, int], limit_s: float) -> None:
+        self.verdicts: Sequence[Verdict] = ()
+        self._pool = pool
+        self._open: Connection | None = connection
+        self._numbers = numbers
+        self._limit_s = limit_s
+
+    @property
+    def connection(self) -> Connection:
+        """The psycopg connection. Its `transaction()` makes savepoints; its `commit` and `rollback` are not for handlers."""
+        if self._open is None:
+            raise UsageError("the transaction has ended; use tx only inside the handler or block that it was given to")
+        return self._open
+
+    async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
+        connection = self.connection
+        async with limited(self._pool.where, self._limit_s):
+            return await _rows_and_count(connection, sql, params)
+
+    async def commit(self, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow], forget: Sequence[InboxEntry] = ()) -> None:
+        connection = self.connection
+        try:
+            _check_open(connection)
+            async with limited(self._pool.where, self._limit_s), connection.pipeline():
+                await _insert(connection, deferred, emitted)
+                if forget:
+                    await inbox.forget(connection, forget, self._numbers)
+                await connection.execute("commit", prepare=True)
+        except Exception:
+            await self.rollback()
+            raise
+        finally:
+            self.abandon()
+
+    async def rollback(self) -> None:
+        """Also ends a transaction whose connection is gone; a second call does nothing."""
+        try:
+            if self._open is not None and not self._open.closed:
+                async with limited(self._pool.where, self._limit_s):
+                    await self._open.rollback()
+        except (psycopg.Error, UnavailableError):
+            pass  # the connection is of no more use, so it is closed, and the server rolls back by itself
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End it at once, without a word to the server: a connection that is still in a transaction is closed. Synchronous."""
+        connection, self._open = self._open, None
+        if connection is not None:
+            self._pool.release(connection)
+
+
+class EnlistedTransaction:
+    """The outbox inside a psycopg transaction that the caller's code owns: `commit` inserts, and the owner commits."""
+
+    verdicts: Sequence[Verdict] = ()
+
+    def __init__(self, connection: Connection, *, where: str, limit_s: float) -> None:
+        if not isinstance(connection, psycopg.AsyncConnection):
+            raise UsageError(f"enlist takes a psycopg.AsyncConnection, not {type(connection).__name__}")
+        if connection.autocommit and connection.pgconn.transaction_status == TransactionStatus.IDLE:
+            raise UsageError("enlist takes a connection in a transaction; put `async with connection.transaction():` around it")
+        self.connection = connection
+        self._where = where
+        self._limit_s = limit_s
+
+    async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
+        async with limited(self._where, self._limit_s):
+            return await _rows_and_count(self.connection, sql, params)
+
+    async def commit(self, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow], forget: Sequence[InboxEntry] = ()) -> None:
+        if forget:
+            raise UsageError("an enlisted transaction has no inbox entries to forget")
+        async with limited(self._where, self._limit_s), self.connection.pipeline():
+            await _insert(self.connection, deferred, emitted)
+
+    async def rollback(self) -> None:
+        """Nothing to do: nothing was inserted yet, and the transaction is its owner's."""
+
+
+_INSERT_OUTBOX = """\
+with me as materialized (select pg_current_xact_id() as xid)
+insert into orderbus.outbox (event_id, bucket, topic, key, body, content_type, headers, unrouted)
+select event_id, bucket, topic, key, body, content_type, headers::json, unrouted
+from me, unnest(%b, %b, %b, %b, %b, %b, %b, %b)
+    with ordinality as r (event_id, bucket, topic, key, body, content_type, headers, unrouted, position)
+where me.xid is not null
+order by position"""
+# The xid comes before the ids: the relay's floor rests on it (orderbus/_core/outbox.py). nextval runs after the sort.
+
+_INSERT_SCHEDULED = """\
+insert into orderbus.scheduled (event_id, bucket, topic, key, body, content_type, headers, unrouted, due_at)
+select event_id, bucket, topic, key, body, content_type, headers::json, unrouted, to_timestamp(due_at_ms / 1000.0)
+from unnest(%b, %b, %b, %b, %b, %b, %b, %b, %b)
+    with ordinality as r (event_id, bucket, topic, key, body, content_type, headers, unrouted, due_at_ms, position)
+order by position"""
+
+
+async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:
+    """Everything that was put off until commit; the outbox last, after the locks of the business writes are taken."""
+    grouped: dict[str, list[Any]] = {}
+    for statement in deferred:
+        grouped.setdefault(statement.sql, []).append(statement.params)
+    for sql, params in grouped.items():
+        await connection.cursor().executemany(sql, params)
+    later = [row for row in emitted if row.due_at_ms is not None]
+    now = [row for row in emitted if row.due_at_ms is None] if later else emitted
+    if later:
+        await _cursor(connection).execute(
+            _INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later])), prepare=True
+        )
+    if now:
+        await _cursor(connection).execute(_INSERT_OUTBOX, _columns(now), prepare=True)
+
+
+def _columns(rows: Sequence[OutboxRow]) -> tuple[bytes, ...]:
+    return (
+        uuid_array([row.event_id for row in rows]),
+        int2_array([row.bucket for row in rows]),
+        text_array([row.topic for row in rows]),
+        text_array([row.key for row in rows]),
+        bytea_array([row.body for row in rows]),
+        text_array([row.content_type for row in rows]),
+        text_array([msgspec.json.encode(row.headers).decode() for row in rows]),
+        text_array([row.unrouted for row in rows]),
+    )
+
+
+def _check_open(connection: Connection) -> None:
+    """COMMIT of a failed transaction rolls back and reports success; outside one it commits nothing."""
+    status = connection.pgconn.transaction_status
+    if status == TransactionStatus.INERROR:
+        raise errors.InFailedSqlTransaction(
+            "a statement of this transaction failed and the handler went on; let the error out, "
+            "or run what may fail inside `async with tx.connection.transaction():`"
+        )
+    if status == TransactionStatus.IDLE:
+        raise UsageError("the handler ended the transaction itself; leave commit and rollback to orderbus")
+
+
+async def _rows_and_count(connection: Connection, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
+    cursor = await connection.execute(sql, params)
+    return (await cursor.fetchall() if cursor.description else ()), cursor.rowcount
+
+
+def _cursor(connection: Connection) -> AsyncCursor[Any]:
+    cursor = connection.cursor()
+    register(cursor)
+    return cursor
