@@ -22,8 +22,8 @@ __all__ = [
     "ClaimState",
     "Claims",
     "Deferred",
-    "Incoming",
     "InboxEntry",
+    "Incoming",
     "OutboxPage",
     "OutboxRow",
     "OutboxStore",
@@ -134,6 +134,8 @@ class OutboxRow(msgspec.Struct, frozen=True):
     unrouted: str = "keep"
     due_at_ms: int | None = None
     id: int = 0
+    attempts: int = 0
+    """How often it was set aside so far."""
 
 
 class Transaction(Protocol):
@@ -200,6 +202,9 @@ class Store(Protocol):
 
     async def begin(self, inbox: Sequence[InboxEntry] = ()) -> Transaction:
         """Begin a transaction and insert the inbox entries, all in one round trip."""
+
+    def enlist(self, connection: Any) -> Transaction:
+        """The inserts of a commit inside a transaction that the caller's own code owns; its `commit` does not commit."""
 
     async def check(self) -> None:
         """Raise UsageError where the schema is missing or of another version, naming the command that mends it."""

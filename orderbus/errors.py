@@ -9,6 +9,7 @@ __all__ = [
     "OrderbusError",
     "SettingsError",
     "TopologyError",
+    "TransientError",
     "UnavailableError",
     "UsageError",
 ]
@@ -47,6 +48,10 @@ class MessageError(OrderbusError):
 
 class UnavailableError(OrderbusError):
     """A server could not be reached, or dropped the connection. Retried without counting as an attempt."""
+
+
+class TransientError(UnavailableError):
+    """The database asks to run the transaction again: deadlock, serialization failure or lock timeout. Retried at once, uncounted."""
 
 
 class HandlerTimeout(OrderbusError, TimeoutError):
