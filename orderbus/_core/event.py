@@ -47,8 +47,9 @@ class EventMeta(msgspec.StructMeta):
             if key is not None or version != 1 or unrouted != "keep":
                 raise UsageError(f'event class {name}: key, version and unrouted need a topic; write topic="…" beside them')
             return cls
-        cls.__event_type__ = EventType(topic, key, version, unrouted)
-        _check_arguments(name, cls, cls.__event_type__)
+        declared = EventType(topic, key, version, unrouted)
+        setattr(cls, "__event_type__", declared)  # noqa: B010 - the metaclass has no such attribute, its classes do
+        _check_arguments(name, cls, declared)
         return cls
 
 
@@ -126,7 +127,7 @@ def _bomb_in(hint: Any, seen: set[Any]) -> str | None:
     if hint is Any or hint is object:
         return "Any" if hint is Any else "object"
     if hint in (dict, list, set, frozenset, tuple, Mapping) or hint in (
-        typing.Dict, typing.List, typing.Set, typing.FrozenSet, typing.Tuple, typing.Mapping, typing.Sequence,
+        dict, list, set, frozenset, tuple, typing.Mapping, typing.Sequence,
     ):  # fmt: skip
         return f"bare {getattr(hint, '__name__', None) or hint}"
     if isinstance(hint, typing.TypeVar):

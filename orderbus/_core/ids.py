@@ -12,9 +12,7 @@ _RANDOM_B = (1 << 62) - 1
 
 def uuid7(time_ms: int, random80: int) -> UUID:
     """The UUIDv7 for a Unix time in milliseconds (0 ≤ time_ms < 2**48) and at least 74 bits of randomness."""
-    return UUID(
-        int=(time_ms << 80) | _VERSION_7 | ((random80 << 2) & _RANDOM_A) | _VARIANT | (random80 & _RANDOM_B)
-    )
+    return UUID(int=(time_ms << 80) | _VERSION_7 | ((random80 << 2) & _RANDOM_A) | _VARIANT | (random80 & _RANDOM_B))
 
 
 def uuid7_time_ms(event_id: UUID) -> int | None:

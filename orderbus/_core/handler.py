@@ -1,0 +1,224 @@
+"""Handlers: what a function's signature asks for, and what its decorator says, checked before the first message."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import msgspec
+
+from orderbus._core.delivery import Batch, Delivery
+from orderbus._core.event import Event, event_type
+from orderbus._core.policy import Retry
+from orderbus._core.topology import QueueNeed
+from orderbus.errors import UsageError
+
+NAME = re.compile(r"[a-z][a-z0-9_.-]{0,99}")
+GROUP = re.compile(r"[a-z][a-z0-9_-]{0,59}")
+MOST_PREFETCH = 65_535
+ORDERED_RETRY_LIMIT_S = 900.0
+"""A key's retries block it inside the process: together they must stay below the broker's consumer timeout (30 min)."""
+
+Guard = Literal["inbox", "claims", "none"]
+Source = Literal["event", "batch", "tx", "delivery"]
+"""Where an argument comes from; a resource's argument has its type instead."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What a decorator says of its handler. Times in seconds."""
+
+    retry: Retry
+    name: str | None = None
+    ordered: bool = False
+    concurrency: int = 10
+    fuse: int = 1
+    timeout_s: float = 60.0
+    prefetch: int | None = None
+    guard: Guard | None = None
+
+
+class Handler(msgspec.Struct, frozen=True):
+    """A handler as its decorator left it."""
+
+    group: str
+    function: Callable[..., Any]
+    event: type[Event]
+    options: Options
+    batch: bool = False
+
+    @property
+    def topic(self) -> str:
+        return event_type(self.event).topic
+
+    @property
+    def name(self) -> str:
+        """The stable name by which the inbox knows it: its `name=`, else its topic. Renaming the function changes nothing."""
+        return self.options.name or self.topic
+
+    @property
+    def consumer(self) -> str:
+        return f"{self.group}.{self.name}"
+
+    @property
+    def queue(self) -> str:
+        return f"{self.group}.ordered" if self.options.ordered else self.consumer
+
+    @property
+    def prefetch(self) -> int:
+        """Enough to fill every worker twice, so that none waits for the network."""
+        return self.options.prefetch or min(max(2 * self.options.concurrency * self.options.fuse, 16), MOST_PREFETCH)
+
+    @property
+    def place(self) -> str:
+        """Its name, file and line, for errors."""
+        code = self.function.__code__
+        return f"handler {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How to call a handler: where each argument comes from, and which events it says it returns."""
+
+    arguments: tuple[Source | type, ...]
+    emits: tuple[type[Event], ...]
+
+    @property
+    def needs_tx(self) -> bool:
+        return "tx" in self.arguments or bool(self.emits)
+
+
+def check_options(handler: Handler) -> None:
+    """Raises UsageError for options that can't be kept, naming the handler, the option and the fix."""
+    options = handler.options
+    function = handler.function
+    if not inspect.iscoroutinefunction(function):
+        raise UsageError(f"{handler.place}: must be an async function; write `async def {function.__name__}(…)`")
+    if options.name is not None and not NAME.fullmatch(options.name):
+        raise UsageError(f"{handler.place}: name={options.name!r} must be lower-case letters, digits, '.', '-' or '_'")
+    if handler.name == "ordered":
+        raise UsageError(f"{handler.place}: the name 'ordered' is taken by the group's ordered queue; choose another name=")
+    for option, low, high in (("concurrency", 1, 1_000), ("fuse", 1, 10_000)):
+        value = getattr(options, option)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise UsageError(f"{handler.place}: {option}={value!r} must be a whole number from {low} to {high}")
+    if options.prefetch is not None and not 1 <= options.prefetch <= MOST_PREFETCH:
+        raise UsageError(
+            f"{handler.place}: prefetch={options.prefetch!r} must be from 1 to {MOST_PREFETCH}; "
+            f"without a bound, a backlog would fill the memory"
+        )
+    if not 0 < options.timeout_s <= 1_200:
+        raise UsageError(f"{handler.place}: timeout={options.timeout_s!r} must be more than 0 and at most 1200 seconds")
+    if not isinstance(options.retry, Retry):
+        raise UsageError(f"{handler.place}: retry={options.retry!r} must be a Retry, such as Retry.exponential(attempts=5)")
+    if options.guard not in (None, "inbox", "claims", "none"):
+        raise UsageError(f'{handler.place}: guard={options.guard!r} must be "inbox", "claims" or "none"')
+    if handler.batch and options.ordered:
+        raise UsageError(f"{handler.place}: a batch handler can't be ordered; use bus.on(…, ordered=True, fuse=N)")
+    if options.ordered and options.retry.longest_s > ORDERED_RETRY_LIMIT_S:
+        raise UsageError(
+            f"{handler.place}: ordered retries block their key inside the process, so all waits together must stay "
+            f"below {ORDERED_RETRY_LIMIT_S:g} s; this policy waits {options.retry.longest_s:g} s"
+        )
+
+
+def resolve(handler: Handler, tx_type: type, resources: Mapping[type, object]) -> Plan:
+    """Read the signature. Raises UsageError naming the handler, the parameter and the fix; NameError for a forward reference."""
+    hints = typing.get_type_hints(handler.function)
+    parameters = list(inspect.signature(handler.function).parameters.values())
+    first: Any = Batch[handler.event] if handler.batch else handler.event  # type: ignore[name-defined]
+    wanted = f"Batch[{handler.event.__name__}]" if handler.batch else handler.event.__name__
+    if not parameters:
+        raise UsageError(f"{handler.place}: takes no parameter; its first must be the event, `event: {wanted}`")
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise UsageError(f"{handler.place}: parameter {parameter} can't be injected; use plain parameters with a type")
+        if parameter.name not in hints:
+            raise UsageError(
+                f"{handler.place}: parameter {parameter.name!r} has no type; write `{parameter.name}: {wanted}`, or Tx, …"
+            )
+    if hints[parameters[0].name] != first:
+        raise UsageError(
+            f"{handler.place}: its first parameter {parameters[0].name!r} is {_type_name(hints[parameters[0].name])}, but it is "
+            f"registered for {wanted}; write `{parameters[0].name}: {wanted}`"
+        )
+    arguments: list[Source | type] = ["batch" if handler.batch else "event"]
+    for parameter in parameters[1:]:
+        arguments.append(_source(handler, parameter.name, hints[parameter.name], tx_type, resources))
+    plan = Plan(tuple(arguments), _emits(handler, hints.get("return", NoneType)))
+    if handler.options.guard == "claims" and plan.needs_tx:
+        raise UsageError(
+            f'{handler.place}: guard="claims" is for handlers that write to no database; drop Tx and the returned events'
+        )
+    return plan
+
+
+def queue_needs(handlers: Sequence[Handler]) -> list[QueueNeed]:
+    """The queues of these handlers: one for each name, and one that all ordered handlers share."""
+    needs: dict[str, list[Handler]] = {}
+    for handler in handlers:
+        needs.setdefault(handler.queue, []).append(handler)
+    return [
+        QueueNeed(queue, tuple(sorted({handler.topic for handler in group})), group[0].options.ordered)
+        for queue, group in needs.items()
+    ]
+
+
+def check_together(handler: Handler, others: Sequence[Handler]) -> None:
+    """Raises UsageError where two handlers of a group can't be told apart."""
+    for other in others:
+        if handler.consumer != other.consumer and not (
+            handler.options.ordered and other.options.ordered and handler.topic == other.topic
+        ):
+            continue
+        if handler.options.ordered and other.options.ordered and handler.topic == other.topic:
+            raise UsageError(
+                f"{handler.place}: {other.place} of group {handler.group!r} already handles {handler.topic!r} in order; "
+                f"a group has one ordered handler for a topic"
+            )
+        raise UsageError(
+            f"{handler.place}: {other.place} of group {handler.group!r} is already called {handler.name!r}; "
+            f"give one of them a stable name of its own, such as name={handler.function.__name__!r}"
+        )
+
+
+def _source(handler: Handler, name: str, hint: Any, tx_type: type, resources: Mapping[type, object]) -> Source | type:
+    if hint is tx_type:
+        return "tx"
+    if hint is Delivery:
+        if handler.batch:
+            raise UsageError(f"{handler.place}: parameter {name!r}: a batch has many deliveries; use item.delivery")
+        return "delivery"
+    if isinstance(hint, type) and hint in resources:
+        return hint
+    known = ", ".join(["Tx", "Delivery", *sorted(kind.__name__ for kind in resources)])
+    raise UsageError(
+        f"{handler.place}: parameter {name!r} is {_type_name(hint)}, which nobody provides; use one of {known}, "
+        f"or provide it by an async generator under @bus.resource"
+    )
+
+
+def _emits(handler: Handler, hint: Any) -> tuple[type[Event], ...]:
+    found: list[type[Event]] = []
+    for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if part is None or part is NoneType:
+            continue
+        if isinstance(part, type) and issubclass(part, Event):
+            if part is not Event:
+                event_type(part)
+            found.append(part)
+        elif get_origin(part) in (list, tuple, Sequence):
+            inner = [arg for arg in get_args(part) if arg is not Ellipsis]
+            for arg in inner:
+                found.extend(_emits(handler, arg))
+        else:
+            raise UsageError(
+                f"{handler.place}: returns {_type_name(part)}; a handler returns None, an event, or a sequence of events"
+            )
+    return tuple(found)
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint)

@@ -1,0 +1,127 @@
+"""Settings: one frozen Struct, read from the environment under one prefix, checked all at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+from msgspec import Meta
+
+from orderbus.errors import SettingsError
+
+PREFIX = "ORDERBUS_"
+
+BROKER_SCHEMES = ("amqp", "amqps", "memory")
+DATABASE_SCHEMES = ("postgresql", "postgres", "embedded", "memory")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a bus can be told from outside. Each field is `ORDERBUS_` + its name in upper case in the environment.
+
+    What is given in code wins over the environment. URLs hold secrets: printing a Settings masks them.
+    """
+
+    broker_url: str | None = None
+    """`amqp://user:password@host:5672/vhost`, `amqps://…`, or `memory://` (`memory://NAME`: shared in the process). Required."""
+    database_url: str | None = None
+    """`postgresql://…`, `embedded` (a real PostgreSQL from a wheel), or `memory://` (inbox and outbox without SQL)."""
+    redis_url: str | None = None
+    """`redis://…`: guards handlers that write to no database (`guard="claims"`)."""
+    grace_s: Annotated[float, Meta(gt=0, le=3600)] = 20.0
+    """How long a drain waits for started work, in seconds."""
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=16_777_216)] = 1_048_576
+    """The largest body that is sent or decoded, in bytes."""
+    dedupe_window_s: Annotated[float, Meta(ge=3600, le=366 * 86_400)] = 7 * 86_400.0
+    """How long the inbox remembers an event, in seconds; an older event is parked, not guessed at."""
+    pool_size: Annotated[int, Meta(ge=1, le=200)] = 8
+    """Database connections of one bus."""
+    relay: bool = True
+    """Whether this process also relays the outbox. Several relays share the buckets among themselves."""
+    relay_batch: Annotated[int, Meta(ge=1, le=5000)] = 500
+    """Rows that the relay reads, publishes and deletes at a time."""
+    relay_lease_s: Annotated[float, Meta(ge=1, le=300)] = 10.0
+    """How long a relay owns its buckets without renewing, in seconds."""
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str], given: Settings | None = None) -> Settings:
+        """Read and check. Raises SettingsError that lists every mistake: unknown names (with the likely one), wrong values."""
+        mistakes: list[str] = []
+        values: dict[str, Any] = {}
+        for name, text in environment.items():
+            if not name.startswith(PREFIX) or name.startswith(f"{PREFIX}TEST_"):
+                continue
+            field = name[len(PREFIX) :].lower()
+            if field not in cls.__struct_fields__:
+                mistakes.append(f"{name}: there is no such setting{_did_you_mean(field, cls.__struct_fields__)}")
+            elif text.strip():
+                values[field] = text.strip()
+        values |= {} if given is None else _differing(given)
+        checked = {}
+        for info in msgspec.structs.fields(cls):
+            if info.name in values:
+                try:
+                    checked[info.name] = msgspec.convert(values[info.name], info.type, strict=False)
+                except msgspec.ValidationError as error:
+                    mistakes.append(f"{PREFIX}{info.name.upper()}={_shown(info.name, values[info.name])}: {error}")
+        settings = cls(**checked)
+        mistakes += settings._url_mistakes()
+        if mistakes:
+            raise SettingsError(mistakes)
+        return settings
+
+    def _url_mistakes(self) -> list[str]:
+        mistakes = []
+        if self.broker_url is None:
+            mistakes.append(
+                "ORDERBUS_BROKER_URL: is required; for RabbitMQ amqp://user:password@host:5672/vhost, "
+                "to try things out without a server memory://"
+            )
+        for name, url, schemes in (
+            ("BROKER_URL", self.broker_url, BROKER_SCHEMES),
+            ("DATABASE_URL", self.database_url, DATABASE_SCHEMES),
+            ("REDIS_URL", self.redis_url, REDIS_SCHEMES),
+        ):
+            if url is None:
+                continue
+            try:
+                scheme = url if url == "embedded" else urlsplit(url).scheme
+            except ValueError as error:
+                mistakes.append(f"{PREFIX}{name}: can't be read as a URL: {error}")
+                continue
+            if scheme not in schemes:
+                mistakes.append(f"{PREFIX}{name}={masked(url)}: must begin with one of {', '.join(s + '://' for s in schemes)}")
+        return mistakes
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={_shown(name, getattr(self, name))}" for name in self.__struct_fields__)
+        return f"Settings({shown})"
+
+
+def masked(url: str) -> str:
+    """A URL without its password, to print."""
+    try:
+        parts = urlsplit(url)
+        if parts.password is None and "password=" not in parts.query:
+            return url
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, f"{parts.username or ''}:***@{host}", parts.path, "", ""))
+    except ValueError:
+        return "***"
+
+
+def _differing(given: Settings) -> dict[str, Any]:
+    default = Settings()
+    return {name: getattr(given, name) for name in given.__struct_fields__ if getattr(given, name) != getattr(default, name)}
+
+
+def _shown(name: str, value: object) -> str:
+    return repr(masked(value) if name.endswith("_url") and isinstance(value, str) else value)
+
+
+def _did_you_mean(field: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(field, known, n=1, cutoff=0.6)
+    return f"; did you mean {PREFIX}{near[0].upper()}?" if near else f"; there are {', '.join(PREFIX + k.upper() for k in known)}"

@@ -1,0 +1,229 @@
+"""One delivery in a consumer's hands, and the two orders in which a consumer takes up its deliveries."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from uuid import UUID
+
+from orderbus._core.codec import BodyDecoder, body_hash
+from orderbus._core.delivery import State, Step, step
+from orderbus._core.event import Event
+from orderbus._core.handler import Handler, Plan
+from orderbus._core.ids import uuid7_time_ms
+from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, NOT_BEFORE, Incoming
+from orderbus.errors import MessageError, UsageError
+
+MOST_HEADERS = 64
+
+
+class Route:
+    """A handler made ready: its plan and its decoder."""
+
+    __slots__ = ("decoder", "handler", "plan")
+
+    def __init__(self, handler: Handler, plan: Plan, *, limit_bytes: int) -> None:
+        self.handler = handler
+        self.plan = plan
+        self.decoder = BodyDecoder(handler.event, limit_bytes=limit_bytes)
+
+
+class Work:
+    """A delivery on its way through a consumer."""
+
+    __slots__ = (
+        "attempt", "crowded", "event", "failures", "first_failed_at", "hash", "id", "incoming", "key", "not_before", "route", "solo", "state",
+    )  # fmt: skip
+
+    event: Event
+    route: Route
+    id: UUID
+
+    def __init__(self, incoming: Incoming) -> None:
+        self.incoming = incoming
+        self.state = State.QUEUED
+        self.key: str | None = None
+        self.attempt = 1
+        self.failures = 0
+        """How often a server was missing in a row: uncounted."""
+        self.first_failed_at: float | None = None
+        self.not_before: float | None = None
+        self.hash = 0
+        self.solo = False
+        """Run it alone: it shared a transaction that failed."""
+        self.crowded = False
+        """It has held back so many followers that the other keys would wait too."""
+
+    def read(self, routes: dict[str, Route], *, now_s: float, window_s: float) -> None:
+        """Find the route, the id, the key and the event. Raises MessageError for what its handler can't read."""
+        properties = self.incoming.properties
+        topic = properties.type or self.incoming.routing_key.rpartition(".")[0]
+        route = routes.get(topic)
+        if route is None:
+            if properties.type is not None or len(routes) != 1:
+                raise MessageError("unknown-topic", f"topic {topic[:120]!r} is not handled by this queue ({', '.join(routes)})")
+            route = next(iter(routes.values()))
+        self.route = route
+        headers = properties.headers
+        if len(headers) > MOST_HEADERS:
+            raise MessageError("too-many-headers", f"the message has {len(headers)} headers; the limit is {MOST_HEADERS}")
+        self.id = _event_id(properties.message_id)
+        made_ms = uuid7_time_ms(self.id)
+        if made_ms is not None and made_ms / 1000 < now_s - window_s:
+            raise MessageError(
+                "older-than-window", f"the event is older than the dedupe window of {window_s:g} s, so it may have been handled"
+            )
+        key = headers.get(KEY)
+        self.key = key if isinstance(key, str) else None
+        attempt = headers.get(ATTEMPT, 0)
+        if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 <= attempt < 1_000_000:
+            raise MessageError("malformed-attempt", f"header {ATTEMPT} is {str(attempt)[:40]!r}, not a count")
+        self.attempt = attempt + 1
+        first = headers.get(FIRST_FAILED_AT)
+        self.first_failed_at = float(first) if isinstance(first, (int, float)) else None
+        not_before = headers.get(NOT_BEFORE)
+        self.not_before = float(not_before) if isinstance(not_before, (int, float)) and not_before > now_s + 0.5 else None
+        self.event = route.decoder.decode(self.incoming.body, properties.content_type)
+        self.hash = body_hash(self.incoming.body)
+
+    def take(self, taken: Step) -> None:
+        self.state = step(self.state, taken)
+
+
+def _event_id(text: str | None) -> UUID:
+    if text is None:
+        raise MessageError("no-event-id", "the message has no message_id; it must be the event's UUID")
+    try:
+        return UUID(text)
+    except ValueError:
+        raise MessageError("no-event-id", f"message_id {text[:60]!r} is not a UUID") from None
+
+
+class AnyOrder:
+    """First come, first served; those that wait let the others pass."""
+
+    def __init__(self) -> None:
+        self._ready: deque[Work] = deque()
+        self._waiting: list[tuple[float, int, Work]] = []
+        self._ticket = 0
+
+    def add(self, works: Iterable[Work]) -> None:
+        """New deliveries, in the order of the queue."""
+        self._ready.extend(works)
+
+    def take(self, most: int) -> list[Work]:
+        """Up to `most` deliveries to run together now; a solo one comes alone."""
+        ready = self._ready
+        taken: list[Work] = []
+        while ready and len(taken) < most:
+            if ready[0].solo:
+                if not taken:
+                    taken.append(ready.popleft())
+                break
+            taken.append(ready.popleft())
+        return taken
+
+    def wait(self, work: Work, until: float) -> None:
+        """Have a taken one again once the clock says `until`."""
+        self._ticket += 1
+        heapq.heappush(self._waiting, (until, self._ticket, work))
+
+    def done(self, work: Work) -> None:
+        """A taken one has left."""
+
+    def wake(self, now: float) -> None:
+        """Make those ready whose wait is over."""
+        while self._waiting and self._waiting[0][0] <= now:
+            self._ready.append(heapq.heappop(self._waiting)[2])
+
+    def next_due(self) -> float | None:
+        """When the next wait is over."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def ready(self) -> int:
+        """How many `take` could give now."""
+        return len(self._ready)
+
+    def drain(self) -> list[Work]:
+        """Give up everything that is not taken."""
+        left = [*self._ready, *(work for _, _, work in self._waiting)]
+        self._ready.clear()
+        self._waiting.clear()
+        return left
+
+
+class KeyOrder(AnyOrder):
+    """One at a time for each key, in the order of the queue; a key that waits holds back its own followers only.
+
+    The key is read from the header, before the body is decoded; a message whose header can't be read has no key, and so
+    no order.
+    """
+
+    def __init__(self, most_followers: int) -> None:
+        super().__init__()
+        self._lanes: dict[str, deque[Work]] = {}
+        self._most_followers = most_followers
+
+    def add(self, works: Iterable[Work]) -> None:
+        for work in works:
+            key = work.key = _peek_key(work.incoming)
+            if key is None:
+                self._ready.append(work)
+            elif key in self._lanes:
+                self._lanes[key].append(work)
+                if len(self._lanes[key]) > self._most_followers:
+                    self._crowd_out(key)
+            else:
+                self._lanes[key] = deque()
+                self._ready.append(work)
+
+    def done(self, work: Work) -> None:
+        if work.key is None or work.key not in self._lanes:
+            return
+        lane = self._lanes[work.key]
+        if lane:
+            self._ready.append(lane.popleft())
+        else:
+            del self._lanes[work.key]
+
+    def _crowd_out(self, key: str) -> None:
+        """A key's followers may not fill the prefetch: its waiting head comes out now, to be parked."""
+        for entry in self._waiting:
+            if entry[2].key == key:
+                entry[2].crowded = True
+                self._ready.append(entry[2])
+                self._waiting.remove(entry)
+                heapq.heapify(self._waiting)
+                return
+
+    def drain(self) -> list[Work]:
+        left = super().drain()
+        for lane in self._lanes.values():
+            left.extend(lane)
+            lane.clear()
+        return left
+
+
+def _peek_key(incoming: Incoming) -> str | None:
+    try:
+        key = incoming.properties.headers.get(KEY)
+    except MessageError:
+        return None
+    return key if isinstance(key, str) else None
+
+
+def by_key(works: Sequence[Work]) -> list[Work]:
+    """Sorted by key, stable: without it, two consumers that update the same rows deadlocked in 26 of 80 batches."""
+    return sorted(works, key=lambda work: work.key or "")
+
+
+def check_tx_result(result: object, place: str) -> Sequence[Event]:
+    """The events that a handler returned. Raises UsageError for anything else."""
+    if result is None:
+        return ()
+    if isinstance(result, Event):
+        return (result,)
+    if isinstance(result, (list, tuple)) and all(isinstance(event, Event) for event in result):
+        return result
+    raise UsageError(f"{place}: returned {type(result).__name__}; a handler returns None, an event, or a sequence of events")

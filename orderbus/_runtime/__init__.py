@@ -1,0 +1,1 @@
+"""What drives the decisions of `_core`: anyio only, no driver."""

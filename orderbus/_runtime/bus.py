@@ -1,0 +1,300 @@
+"""Bus: a consumer group, its handlers, and everything that runs while it is open."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from uuid import UUID
+
+import anyio
+
+from orderbus._core.codec import Format
+from orderbus._core.delivery import Batch
+from orderbus._core.event import Event
+from orderbus._core.handler import GROUP, Guard, Handler, Options, Plan, check_options, check_together, queue_needs, resolve
+from orderbus._core.message import Receipt
+from orderbus._core.policy import DEFAULT_RETRY, Retry
+from orderbus._core.settings import Settings
+from orderbus._core.topology import Topology, topology_for
+from orderbus._runtime.consumer import Middleware
+from orderbus._runtime.engine import Engine
+from orderbus._runtime.resources import Resource, Resources, resource_of
+from orderbus._runtime.stats import DrainReceipt, Stats
+from orderbus._runtime.tx import Tx
+from orderbus.errors import UnavailableError, UsageError
+
+log = logging.getLogger("orderbus")
+
+E = TypeVar("E", bound=Event)
+P = ParamSpec("P")
+T = TypeVar("T")
+Emitted = Event | Sequence[Event] | None
+R = TypeVar("R", bound=Emitted)
+
+
+class Bus:
+    """A consumer group: handlers that share one name, one inbox identity and one set of queues.
+
+    `group` is the stable name (lower-case letters, digits, '-', '_'; at most 60). Settings given here win over those of the
+    environment, which is read when the bus is opened, not when it is made. `format` is how events are written: "json" or
+    "msgpack"; both are always read. Raises UsageError for a wrong name.
+
+    >>> bus = Bus("payments")
+    """
+
+    def __init__(
+        self, group: str, *, settings: Settings | None = None, format: Format = "json", clock: Callable[[], float] = time.time
+    ) -> None:
+        if not GROUP.fullmatch(group):
+            raise UsageError(f"Bus({group!r}): a group's name is lower-case letters, digits, '-' and '_', at most 60")
+        if format not in ("json", "msgpack"):
+            raise UsageError(f'Bus({group!r}): format={format!r} must be "json" or "msgpack"')
+        self.group = group
+        self._given = settings
+        self._format: Format = format
+        self._clock = clock
+        self._handlers: list[Handler] = []
+        self._resources: dict[type, Resource] = {}
+        self._middleware: list[Middleware] = []
+        self._engine: Engine | None = None
+        self._stack: AsyncExitStack | None = None
+        self.receipt: DrainReceipt | None = None
+        """What the last stop did; None before."""
+
+    # Definition
+
+    def on(
+        self,
+        event: type[E],
+        *,
+        name: str | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        ordered: bool = False,
+        concurrency: int = 10,
+        fuse: int = 1,
+        timeout: float = 60.0,
+        prefetch: int | None = None,
+        guard: Guard | None = None,
+    ) -> Callable[[Callable[Concatenate[E, P], Awaitable[R]]], Callable[Concatenate[E, P], Awaitable[R]]]:
+        """Register an async function as the handler of an event class. The function itself is left as it is.
+
+        `name`: by what the inbox and the queue know it (its topic, unless given). `retry`: what follows a failure.
+        `ordered`: each key's events one at a time, in order. `concurrency`: units at a time (1 to 1000). `fuse`: up to so
+        many messages share one transaction (1 to 10,000); a failure rolls back and runs them one by one. `timeout`:
+        seconds until the handler is cancelled (≤ 1200). `prefetch`: most unsettled deliveries (1 to 65,535).
+        `guard`: "inbox" (a row in the handler's transaction; the default where there is a database), "claims" (Redis;
+        for handlers that write to no database) or "none". Raises UsageError naming the handler and the fix.
+        """
+        options = Options(retry, name, ordered, concurrency, fuse, timeout, prefetch, guard)
+
+        def register(function: Callable[Concatenate[E, P], Awaitable[R]]) -> Callable[Concatenate[E, P], Awaitable[R]]:
+            self._register(Handler(self.group, function, event, options))
+            return function
+
+        return register
+
+    def on_batch(
+        self,
+        event: type[E],
+        *,
+        most: int = 100,
+        name: str | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        concurrency: int = 1,
+        timeout: float = 60.0,
+        prefetch: int | None = None,
+        guard: Guard | None = None,
+    ) -> Callable[[Callable[Concatenate[Batch[E], P], Awaitable[R]]], Callable[Concatenate[Batch[E], P], Awaitable[R]]]:
+        """Register a handler that receives up to `most` events at once, as a Batch sorted by key, in one transaction.
+
+        Each item succeeds unless the handler calls `item.park(reason)` or `item.retry(delay or exception)`. An exception
+        rolls everything back and runs the batch's events one by one. The other options are those of `on`.
+        """
+        options = Options(retry, name, False, concurrency, most, timeout, prefetch, guard)
+
+        def register(
+            function: Callable[Concatenate[Batch[E], P], Awaitable[R]],
+        ) -> Callable[Concatenate[Batch[E], P], Awaitable[R]]:
+            self._register(Handler(self.group, function, event, options, batch=True))
+            return function
+
+        return register
+
+    def resource(self, function: Callable[[], AsyncIterator[T]]) -> Callable[[], AsyncIterator[T]]:
+        """Register an async generator that yields one value: opened at start, closed after the drain, injected by its type."""
+        self._check_closed("resource")
+        resource = resource_of(function)
+        if resource.provides in self._resources:
+            raise UsageError(f"{resource.place}: this bus has a resource of type {resource.provides.__name__} already")
+        self._resources[resource.provides] = resource
+        return function
+
+    def middleware(self, middleware: Middleware) -> Middleware:
+        """Put a middleware around every unit of deliveries; the first registered is the outermost."""
+        self._check_closed("middleware")
+        self._middleware.append(middleware)
+        return middleware
+
+    # Running
+
+    async def __aenter__(self) -> Bus:
+        """Open everything and begin to consume. Raises SettingsError, UsageError, TopologyError or UnavailableError."""
+        self._check_closed("async with")
+        settings = Settings.load(os.environ, self._given)
+        plans = self.plans()
+        async with AsyncExitStack() as stack:
+            resources = await stack.enter_async_context(Resources(self._resources))
+            self._engine = await stack.enter_async_context(
+                Engine(
+                    self.group,
+                    settings,
+                    plans,
+                    resources=resources.values,
+                    middleware=self._middleware,
+                    form=self._format,
+                    clock=self._clock,
+                    rng=random.Random(),
+                )
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Drain, then close everything. What the stop did is in `receipt`."""
+        assert self._stack is not None
+        assert self._engine is not None
+        stack, engine, self._stack = self._stack, self._engine, None
+        try:
+            await stack.__aexit__(kind, error, trace)
+        finally:
+            self.receipt = engine.receipt
+            self._engine = None
+
+    async def publish(self, event: Event) -> UUID:
+        """Send an event at once and wait for the broker's confirm; its id.
+
+        Gives up what the outbox gives: it is sent whether or not your transaction commits, and when the process dies
+        before the confirm nobody sends it again. Raises UnavailableError when the broker is away, did not confirm, or
+        (of a class that says `unrouted="keep"`) when nobody is bound to its topic. Cancelled, its outcome is unknown.
+        """
+        row = self._open.encoding.row(event)
+        receipt = await self._open.publish_row(row)
+        if receipt is Receipt.CONFIRMED or (receipt is Receipt.UNROUTABLE and row.unrouted == "drop"):
+            return row.event_id
+        if receipt is Receipt.UNROUTABLE:
+            raise UnavailableError(f'no queue is bound to {row.topic!r}: start its consumers first, or declare unrouted="drop"')
+        raise UnavailableError(f"the broker did not confirm event {row.event_id}: {receipt.value}")
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        """A transaction outside handlers: commits on leaving, rolls back on an exception. Events emitted in it go out after."""
+        async with self._open.transaction() as tx:
+            yield tx
+
+    @asynccontextmanager
+    async def enlist(self, connection: Any) -> AsyncIterator[Tx]:
+        """Make the outbox part of a psycopg transaction that your own code owns (asyncio only).
+
+        Leaving inserts the emitted events and runs the deferred writes on your connection; committing stays with you. On
+        an exception nothing is inserted.
+        """
+        async with self._open.enlist(connection) as tx:
+            yield tx
+
+    async def group_commit(self, work: Callable[[Tx], Awaitable[T] | T]) -> T:
+        """Run `work(tx)` in a transaction shared with other callers that wait at the same time; its result once committed.
+
+        For writes that arrive by the thousand, such as HTTP requests: a commit costs the same for one row and for a hundred.
+        An idle bus commits at once. When the shared transaction fails, each work is run again in one of its own, so `work`
+        must do nothing but use its `tx`. Raises what the work or its commit raised; UnavailableError when the database is
+        away or 10,000 callers wait. Cancelled before its turn it is not run; later, its outcome is unknown.
+        """
+        return await self._open.commits().submit(work)
+
+    @property
+    def stats(self) -> Stats:
+        """What the open bus has done since it was opened."""
+        return self._open.stats
+
+    @property
+    def draining(self) -> bool:
+        """Whether the bus is closed or has begun to stop; a readiness probe answers no then."""
+        return self._engine is None or self._engine.draining
+
+    async def drain(self) -> None:
+        """Begin the stop and wait until the started work is finished; `async with` does it on leaving."""
+        await self._open.drain()
+
+    # Looking
+
+    @property
+    def handlers(self) -> Sequence[Handler]:
+        """The registered handlers."""
+        return tuple(self._handlers)
+
+    def plans(self) -> list[tuple[Handler, Plan]]:
+        """Every handler with what its signature asks for. Raises UsageError for a wrong one."""
+        found = []
+        for handler in self._handlers:
+            try:
+                found.append((handler, resolve(handler, Tx, self._resources)))
+            except NameError as error:
+                raise UsageError(f"{handler.place}: its annotations name something that can't be found: {error}") from error
+        return found
+
+    def topology(self) -> Topology:
+        """The exchanges, queues and bindings that this group needs."""
+        return topology_for(queue_needs(self._handlers))
+
+    def _register(self, handler: Handler) -> None:
+        self._check_closed(handler.place)
+        check_options(handler)
+        handler.topic  # noqa: B018 - raises UsageError for what is no event class
+        check_together(handler, self._handlers)
+        try:
+            resolve(handler, Tx, _Anything(self._resources))
+        except NameError:
+            log.debug("%s: has forward references; checked again at start", handler.place)
+        self._handlers.append(handler)
+
+    def _check_closed(self, what: str) -> None:
+        if self._engine is not None:
+            raise UsageError(f"{what}: the bus {self.group!r} is open already; register everything before `async with bus`")
+
+    @property
+    def _open(self) -> Engine:
+        if self._engine is None:
+            raise UsageError(f"the bus {self.group!r} is not open; use it inside `async with bus:`")
+        return self._engine
+
+
+class _Anything(dict[type, object]):
+    """At definition a resource may not be registered yet: any class that is not a builtin passes; start checks again."""
+
+    def __contains__(self, kind: object) -> bool:
+        return super().__contains__(kind) or (
+            isinstance(kind, type) and kind.__module__ != "builtins" and not issubclass(kind, Event)
+        )
+
+
+async def run_until_signalled(*buses: Bus) -> list[DrainReceipt]:
+    """Open the buses, wait for SIGTERM or SIGINT, drain them all at once; their receipts."""
+    import signal
+
+    async with AsyncExitStack() as stack:
+        for bus in buses:
+            await stack.enter_async_context(bus)
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("received %s: draining", signal.Signals(number).name)
+                break
+        async with anyio.create_task_group() as drains:
+            for bus in buses:
+                drains.start_soon(bus.drain)
+    return [bus.receipt for bus in buses if bus.receipt is not None]

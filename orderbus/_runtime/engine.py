@@ -1,0 +1,316 @@
+"""Everything that is open while a bus is: its adapters, its consumers, its relay; and how they stop, in which order."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import anyio
+import sniffio
+
+from orderbus._core.codec import Format
+from orderbus._core.handler import Handler, Plan, queue_needs
+from orderbus._core.message import Receipt
+from orderbus._core.settings import Settings
+from orderbus._core.topology import topology_for
+from orderbus._core.work import Route
+from orderbus._runtime.consumer import Consumer, Environment, Middleware
+from orderbus._runtime.group_commit import GroupCommit
+from orderbus._runtime.guard import Caller, ClaimsGuard, Guard, InboxGuard, NoGuard
+from orderbus._runtime.opening import asyncio_only, open_broker, open_claims, open_store
+from orderbus._runtime.portal import Portal, PortalBroker, PortalClaims, PortalStore, open_portal
+from orderbus._runtime.relay import Relay, outgoing_of
+from orderbus._runtime.stats import DrainReceipt, Stats
+from orderbus._runtime.tx import Encoding, Tx
+from orderbus.abc import Broker, Claims, OutboxRow, Store
+from orderbus.errors import UnavailableError, UsageError
+
+log = logging.getLogger("orderbus")
+
+T = TypeVar("T")
+MAINTENANCE_EVERY_S = 3600.0
+CANCELLED_GRACE_S = 5.0
+
+
+class Engine:
+    """Opened and closed by `Bus`; one life, no reuse."""
+
+    def __init__(
+        self,
+        group: str,
+        settings: Settings,
+        plans: Sequence[tuple[Handler, Plan]],
+        *,
+        resources: Mapping[type, Any],
+        middleware: Sequence[Middleware],
+        form: Format,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self._group = group
+        self._settings = settings
+        self._plans = plans
+        self._resources = resources
+        self._middleware = middleware
+        self._clock = clock
+        self._rng = rng
+        self._stack = AsyncExitStack()
+        self._tasks = anyio.create_task_group()
+        self._store: Store | None = None
+        self._claims: Claims | None = None
+        self._broker: Broker | None = None
+        self._portal: Portal | None = None
+        self._commits: GroupCommit | None = None
+        self._commits_done = anyio.Event()
+        self._consumers: list[tuple[Consumer, anyio.Event]] = []
+        self._relay: Relay | None = None
+        self._relay_done = anyio.Event()
+        self._drained = anyio.Event()
+        self.draining = False
+        self.stats = Stats()
+        self.receipt: DrainReceipt | None = None
+        self.encoding = Encoding(form=form, limit_bytes=settings.max_body_bytes, clock=clock, rng=rng)
+
+    # Life
+
+    async def __aenter__(self) -> Engine:
+        async with AsyncExitStack() as stack:
+            await self._open_adapters(stack)
+            await stack.enter_async_context(self._tasks)
+            try:
+                await self._start()
+            except BaseException:
+                self._tasks.cancel_scope.cancel()
+                raise
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            await self.drain()
+        finally:
+            self._tasks.cancel_scope.cancel()
+            await self._stack.__aexit__(kind, error, trace)
+
+    async def _open_adapters(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        assert settings.broker_url is not None
+        broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self._group))
+        self._broker = PortalBroker(self._portal, broker) if self._portal and self._crosses(settings.broker_url) else broker
+        database_url = settings.database_url
+        if database_url is None and settings.broker_url.startswith("memory:"):
+            database_url = settings.broker_url
+        if database_url is not None:
+            store = await self._enter(
+                stack, database_url, open_store(database_url, name=self._group, pool_size=settings.pool_size)
+            )
+            self._store = PortalStore(self._portal, store) if self._portal and self._crosses(database_url) else store
+            await self.store.check()
+        redis_url = settings.redis_url
+        if redis_url is None and settings.broker_url.startswith("memory:"):
+            redis_url = settings.broker_url
+        if redis_url is not None:
+            claims = await self._enter(stack, redis_url, open_claims(redis_url))
+            self._claims = PortalClaims(self._portal, claims) if self._portal and self._crosses(redis_url) else claims
+
+    async def _enter(self, stack: AsyncExitStack, url: str, manager: AbstractAsyncContextManager[T]) -> T:
+        if not self._crosses(url):
+            return await stack.enter_async_context(manager)
+        if self._portal is None:
+            self._portal = await stack.enter_async_context(open_portal())
+        return await stack.enter_async_context(self._portal.entered(manager))
+
+    def _crosses(self, url: str) -> bool:
+        return asyncio_only(url) and sniffio.current_async_library() == "trio"
+
+    async def _start(self) -> None:
+        needs = queue_needs([handler for handler, _ in self._plans])
+        topology = topology_for(needs)
+        await self.broker.apply(topology)
+        caller = Caller(self._resources)
+        guards = {handler.consumer: self._guard(handler, caller, plan) for handler, plan in self._plans}
+        env = Environment(
+            self.broker,
+            topology,
+            self._clock,
+            self._rng,
+            self.stats,
+            self._settings.dedupe_window_s,
+            tuple(self._middleware),
+            self._wake_relay,
+        )
+        for need in needs:
+            routes = {
+                handler.topic: Route(handler, plan, limit_bytes=self._settings.max_body_bytes)
+                for handler, plan in self._plans
+                if handler.queue == need.name
+            }
+            consumer, done = Consumer(need, routes, guards, env), anyio.Event()
+            self._consumers.append((consumer, done))
+            self._tasks.start_soon(_ending, consumer.run, done, name=f"consumer {need.name}")
+        if self._store is not None:
+            self._tasks.start_soon(self._maintain, name="maintenance")
+            if self._settings.relay:
+                owner = f"{self._group}-{uuid4().hex[:12]}"
+                self._relay = Relay(self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng)
+                self._tasks.start_soon(_ending, self._relay.run, self._relay_done, name="relay")
+        for consumer, _ in self._consumers:
+            await consumer.consuming.wait()
+
+    def _guard(self, handler: Handler, caller: Caller, plan: Plan) -> Guard:
+        kind = handler.options.guard
+        if kind is None:
+            kind = "inbox" if self._store is not None else "claims"
+        if self._store is None and (plan.needs_tx or kind == "inbox"):
+            raise UsageError(f"{handler.place}: needs a database for its Tx, its events or its inbox; set ORDERBUS_DATABASE_URL")
+        if kind == "none":
+            if plan.needs_tx:
+                raise UsageError(
+                    f'{handler.place}: guard="none" gives no transaction; drop Tx and the returned events, or the guard'
+                )
+            return NoGuard(caller)
+        if kind == "claims":
+            if self._claims is None:
+                raise UsageError(
+                    f"{handler.place}: nothing guards it against being handled twice; set ORDERBUS_REDIS_URL or "
+                    f'ORDERBUS_DATABASE_URL, or say guard="none"'
+                )
+            return ClaimsGuard(self._claims, caller, keep_s=self._settings.dedupe_window_s)
+        return InboxGuard(self.store, caller, self.encoding, self._emitted)
+
+    # Stopping
+
+    async def drain(self) -> None:
+        """Stop once: no new work, started work finishes inside the grace time, the rest goes back, confirms are flushed."""
+        if self.draining:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(self._settings.grace_s + 2 * CANCELLED_GRACE_S):
+                await self._drained.wait()
+            return
+        self.draining = True
+        began = anyio.current_time()
+        with anyio.CancelScope(shield=True):
+            running = sum(consumer.running for consumer, _ in self._consumers)
+            released_before = self.stats.released
+            cancelled = await self._stop_consumers()
+            if self._commits is not None:
+                self._commits.close()
+                with anyio.move_on_after(self._settings.grace_s):
+                    await self._commits_done.wait()
+            if self._relay is not None:
+                self._relay.stop()
+                with anyio.move_on_after(self._settings.grace_s) as relay_time:
+                    await self._relay_done.wait()
+                cancelled += int(relay_time.cancelled_caught)
+        self.receipt = DrainReceipt(
+            finished=max(running - cancelled, 0),
+            released=self.stats.released - released_before,
+            cancelled=cancelled,
+            clean=cancelled == 0,
+            seconds=anyio.current_time() - began,
+            stats=self.stats,
+        )
+        self._drained.set()
+        log.info("drained %s: %s", self._group, self.receipt)
+
+    async def _stop_consumers(self) -> int:
+        for consumer, _ in self._consumers:
+            consumer.stop()
+        with anyio.move_on_after(self._settings.grace_s):
+            for _, done in self._consumers:
+                await done.wait()
+            return 0
+        cancelled = sum(consumer.running for consumer, _ in self._consumers)
+        for consumer, _ in self._consumers:
+            consumer.cancel()
+        with anyio.move_on_after(CANCELLED_GRACE_S):
+            for _, done in self._consumers:
+                await done.wait()
+        return cancelled
+
+    # Work for the bus
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        tx = Tx(await self.store.begin(), self.encoding)
+        try:
+            yield tx
+            await tx._commit()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await tx._rollback()
+            raise
+        self._emitted(len(tx._emitted))
+        self._wake_relay()
+
+    @asynccontextmanager
+    async def enlist(self, connection: Any) -> AsyncIterator[Tx]:
+        tx = Tx(self.store.enlist(connection), self.encoding)
+        try:
+            yield tx
+            await tx._commit()
+        except BaseException:
+            await tx._rollback()
+            raise
+        self._emitted(len(tx._emitted))
+
+    async def publish_row(self, row: OutboxRow) -> Receipt:
+        receipts = await self.broker.publish([outgoing_of(row)])
+        if receipts[0] is Receipt.CONFIRMED:
+            self.stats.published += 1
+        return receipts[0]
+
+    def commits(self) -> GroupCommit:
+        if self.draining:
+            raise UnavailableError(f"the bus {self._group!r} is draining")
+        if self._commits is None:
+            self._commits = GroupCommit(self.store, self.encoding, self._committed)
+            self._tasks.start_soon(_ending, self._commits.run, self._commits_done, name="group commit")
+        return self._commits
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            raise UsageError(f"the bus {self._group!r} has no database; set ORDERBUS_DATABASE_URL")
+        return self._store
+
+    @property
+    def broker(self) -> Broker:
+        assert self._broker is not None
+        return self._broker
+
+    @property
+    def claims(self) -> Claims:
+        if self._claims is None:
+            raise UsageError(f"the bus {self._group!r} has no claims keeper; set ORDERBUS_REDIS_URL")
+        return self._claims
+
+    def _emitted(self, count: int) -> None:
+        self.stats.emitted += count
+
+    def _committed(self, emitted: int) -> None:
+        self._emitted(emitted)
+        self._wake_relay()
+
+    def _wake_relay(self) -> None:
+        if self._relay is not None:
+            self._relay.wake()
+
+    async def _maintain(self) -> None:
+        while True:
+            try:
+                await self.store.maintain(self._settings.dedupe_window_s)
+            except UnavailableError as error:
+                log.warning("inbox partitions can't be maintained now: %s", error)
+            await anyio.sleep(MAINTENANCE_EVERY_S)
+
+
+async def _ending(run: Callable[[], Any], done: anyio.Event) -> None:
+    try:
+        await run()
+    finally:
+        done.set()

@@ -1,0 +1,216 @@
+"""How a handler's effects are kept from happening twice: by the inbox, by claims, or not at all.
+
+Each guard runs a unit of deliveries (one, a fused batch, or an `on_batch` batch) and says for each what became of it:
+HANDLED, DUPLICATE, or the exception that it failed with. An exception out of `run` fails the whole unit.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import anyio
+
+from orderbus._core.delivery import Batch, Delivery, Item
+from orderbus._core.policy import RetryLater
+from orderbus._core.work import Work, by_key, check_tx_result
+from orderbus._runtime.tx import Encoding, Tx
+from orderbus.abc import Claims, ClaimState, InboxEntry, Store, Verdict
+from orderbus.errors import HandlerTimeout, MessageError, UsageError
+
+HANDLED: Final = "handled"
+DUPLICATE: Final = "duplicate"
+Outcome = str | Exception
+
+CLAIM_MARGIN_S = 5.0
+CLAIM_BUSY_WAIT_S = 0.5
+
+
+class Guard(Protocol):
+    async def run(self, works: Sequence[Work]) -> list[Outcome]: ...
+
+
+class Caller:
+    """Calls handlers with what their signatures ask for, under one time limit for the unit."""
+
+    def __init__(self, resources: Mapping[type, Any]) -> None:
+        self._resources = resources
+
+    async def together(self, works: Sequence[Work], tx: Tx | None) -> list[Outcome]:
+        """Call for each in turn (or once for a batch) in one transaction; the first exception ends it. Raises HandlerTimeout."""
+        timeout_s = max(work.route.handler.options.timeout_s for work in works)
+        deadline = anyio.current_time() + timeout_s
+        with anyio.CancelScope(deadline=deadline):
+            if works[0].route.handler.batch:
+                return await self._batch(works, tx, deadline)
+            for work in works:
+                await self._one(work, tx, deadline)
+            return [HANDLED] * len(works)
+        raise HandlerTimeout(f"{works[0].route.handler.place}: ran longer than its timeout of {timeout_s:g} s")
+
+    async def apart(self, works: Sequence[Work], outcomes: list[Outcome | None]) -> None:
+        """Call for each beside the others; what failed is that one's outcome. Cancelled, it leaves None for the unfinished."""
+        if works[0].route.handler.batch:
+            outcomes[:] = await self.together(works, None)
+        elif len(works) == 1:
+            await self._apart(works[0], 0, outcomes)
+        else:
+            async with anyio.create_task_group() as calls:
+                for n, work in enumerate(works):
+                    calls.start_soon(self._apart, work, n, outcomes)
+
+    async def _apart(self, work: Work, n: int, outcomes: list[Outcome | None]) -> None:
+        try:
+            outcomes[n] = (await self.together([work], None))[0]
+        except Exception as error:  # the policy decides, as for every exception of a handler
+            outcomes[n] = error
+
+    async def _one(self, work: Work, tx: Tx | None, deadline: float) -> None:
+        handler = work.route.handler
+        result = await handler.function(*self._arguments(work, work.event, tx, deadline))
+        if result is not None:
+            events = check_tx_result(result, handler.place)
+            if tx is None:
+                if events:
+                    raise UsageError(f"{handler.place}: returned an event, but it runs without a database, so there is no outbox")
+                return
+            for event in events:
+                tx.emit(event)
+
+    async def _batch(self, works: Sequence[Work], tx: Tx | None, deadline: float) -> list[Outcome]:
+        batch = Batch([Item(work.event, delivery_of(work, deadline)) for work in works])
+        handler = works[0].route.handler
+        result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
+        for event in check_tx_result(result, handler.place):
+            if tx is None:
+                raise UsageError(f"{handler.place}: returned an event, but it runs without a database, so there is no outbox")
+            tx.emit(event)
+        return [HANDLED if item.outcome is None else item.outcome for item in batch]
+
+    def _arguments(self, work: Work, first: Any, tx: Tx | None, deadline: float) -> list[Any]:
+        arguments = [first]
+        for source in work.route.plan.arguments[1:]:
+            if source == "tx":
+                arguments.append(tx)
+            elif source == "delivery":
+                arguments.append(delivery_of(work, deadline))
+            else:
+                arguments.append(self._resources[source])  # type: ignore[index]
+        return arguments
+
+
+def delivery_of(work: Work, deadline: float) -> Delivery:
+    return Delivery(
+        id=work.id,
+        topic=work.route.handler.topic,
+        key=work.key,
+        attempt=work.attempt,
+        headers=work.incoming.properties.headers,
+        deadline=deadline,
+    )
+
+
+class InboxGuard:
+    """A row in the effect's own transaction is the truth."""
+
+    def __init__(self, store: Store, caller: Caller, encoding: Encoding, on_emit: Callable[[int], None]) -> None:
+        self._store = store
+        self._caller = caller
+        self._encoding = encoding
+        self._on_emit = on_emit
+
+    async def run(self, works: Sequence[Work]) -> list[Outcome]:
+        works_in_order = by_key(works)
+        entries = [InboxEntry(work.id, work.route.handler.consumer, work.hash) for work in works_in_order]
+        transaction = await self._store.begin(entries)
+        tx = Tx(transaction, self._encoding)
+        outcomes: dict[int, Outcome] = {}
+        try:
+            fresh = []
+            for work, entry, verdict in zip(works_in_order, entries, transaction.verdicts, strict=True):
+                if verdict is Verdict.NEW:
+                    fresh.append((work, entry))
+                elif verdict is Verdict.DUPLICATE:
+                    outcomes[id(work)] = DUPLICATE
+                else:
+                    outcomes[id(work)] = MessageError("id-reused", f"event {work.id} was handled before with another body")
+            if not fresh:
+                await tx._rollback()
+            else:
+                results = await self._caller.together([work for work, _ in fresh], tx)
+                forget = []
+                for (work, entry), result in zip(fresh, results, strict=True):
+                    outcomes[id(work)] = result
+                    if result is not HANDLED:
+                        forget.append(entry)
+                await tx._commit(forget)
+                self._on_emit(len(tx._emitted))
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await tx._rollback()
+            raise
+        return [outcomes[id(work)] for work in works]
+
+
+class ClaimsGuard:
+    """For handlers that write to no database: a claim with a lease and a token, completed once the handler returned.
+
+    A crash between the handler's outside call and the completion lets the call happen again after the lease: the
+    handler passes `delivery.id` on as the outside system's idempotency key.
+    """
+
+    def __init__(self, claims: Claims, caller: Caller, *, keep_s: float) -> None:
+        self._claims = claims
+        self._caller = caller
+        self._keep_ms = int(keep_s * 1000)
+
+    async def run(self, works: Sequence[Work]) -> list[Outcome]:
+        token = secrets.token_hex(16)
+        keys = [f"inbox:{work.route.handler.consumer}:{work.id}" for work in works]
+        lease_s = max(work.route.handler.options.timeout_s for work in works) + CLAIM_MARGIN_S
+        answers = await self._claims.claim(
+            [(key, str(work.hash)) for key, work in zip(keys, works, strict=True)], token, int(lease_s * 1000)
+        )
+        outcomes: list[Outcome] = []
+        for work, answer in zip(works, answers, strict=True):
+            if answer.state is ClaimState.DONE:
+                outcomes.append(DUPLICATE)
+            elif answer.state is ClaimState.IN_PROGRESS:
+                outcomes.append(RetryLater(CLAIM_BUSY_WAIT_S, counted=False))
+            elif answer.state is ClaimState.MISMATCH:
+                outcomes.append(MessageError("id-reused", f"event {work.id} was handled before with another body"))
+            else:
+                outcomes.append(HANDLED)
+        granted = [n for n, answer in enumerate(answers) if answer.state is ClaimState.GRANTED]
+        results: list[Outcome | None] = [None] * len(granted)
+        try:
+            if granted:
+                await self._caller.apart([works[n] for n in granted], results)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._close([(keys[n], result) for n, result in zip(granted, results, strict=True)], token)
+        for n, result in zip(granted, results, strict=True):
+            assert result is not None
+            outcomes[n] = result
+        return outcomes
+
+    async def _close(self, results: Sequence[tuple[str, Outcome | None]], token: str) -> None:
+        done = [(key, b"") for key, result in results if result == HANDLED]
+        if done:
+            await self._claims.complete(done, token, self._keep_ms)
+        failed = [key for key, result in results if result != HANDLED]
+        if failed:
+            await self._claims.release(failed, token)
+
+
+class NoGuard:
+    """Handlers that said `guard="none"`: at least once, as the broker delivers."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    async def run(self, works: Sequence[Work]) -> list[Outcome]:
+        results: list[Outcome | None] = [None] * len(works)
+        await self._caller.apart(works, results)
+        return [result for result in results if result is not None]

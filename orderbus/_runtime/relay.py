@@ -1,0 +1,167 @@
+"""The relay: outbox rows to confirmed messages, then deleted. Several relays share the buckets among themselves.
+
+A row is deleted only after its confirm, so a relay that dies leaves its rows to the next; what was confirmed and not yet
+deleted is published again, and the inbox absorbs it. A lease can't fence a publish, so a relay stops publishing by its own
+clock well before its lease ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+
+import anyio
+
+from orderbus._core.message import KEY, HeaderValue, Outgoing, Receipt
+from orderbus._core.outbox import Floor, first_per_key, idle_wait_s, stuck_retry_s
+from orderbus._core.policy import backoff_s
+from orderbus._core.settings import Settings
+from orderbus._core.topology import EVENTS_EXCHANGE, routing_key
+from orderbus._runtime.stats import Stats
+from orderbus.abc import Broker, OutboxRow, OutboxStore, Stuck
+from orderbus.errors import UnavailableError
+
+log = logging.getLogger("orderbus.relay")
+
+DUE_EVERY_S = 0.5
+READ_BYTES = 8 * 1024 * 1024
+
+
+class Relay:
+    """Publishes the outbox's rows of the buckets that it leases, in the order of each key."""
+
+    def __init__(
+        self, outbox: OutboxStore, broker: Broker, settings: Settings, stats: Stats, owner: str, rng: random.Random
+    ) -> None:
+        self._outbox = outbox
+        self._broker = broker
+        self._batch = settings.relay_batch
+        self._lease_s = settings.relay_lease_s
+        self._stats = stats
+        self._owner = owner
+        self._rng = rng
+        self._buckets: frozenset[int] = frozenset()
+        self._renew_at = 0.0
+        self._publish_until = 0.0
+        self._due_at = 0.0
+        self._floor = Floor()
+        self._empty_reads = 0
+        self._wake = anyio.Event()
+        self._asleep = False
+        self._stopping = False
+
+    def wake(self) -> None:
+        """Something was committed in this process: look now. Cheap, and harmless when there is nothing."""
+        if self._asleep:
+            self._wake.set()
+
+    def stop(self) -> None:
+        """Finish the batch under way, give the buckets back, end."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Relay until stopped. A missing server is waited for, with back-off."""
+        failures = 0
+        while not self._stopping:
+            try:
+                found = await self._cycle()
+                failures = 0
+            except UnavailableError as error:
+                failures += 1
+                log.warning("the outbox waits: %s", error)
+                await self._sleep(backoff_s(failures, jitter=self._rng.random()))
+                continue
+            self._empty_reads = 0 if found else self._empty_reads + 1
+            await self._sleep(idle_wait_s(self._empty_reads))
+        if self._buckets:
+            try:
+                await self._outbox.lease(self._owner, self._lease_s, [])
+            except UnavailableError as error:
+                log.warning("the buckets can't be given back, their lease runs out in %g s: %s", self._lease_s, error)
+
+    async def _sleep(self, seconds: float) -> None:
+        if seconds <= 0 or self._stopping:
+            return
+        self._wake = anyio.Event()
+        self._asleep = True
+        with anyio.move_on_after(min(seconds, max(self._renew_at - anyio.current_time(), 0.0))):
+            await self._wake.wait()
+        self._asleep = False
+
+    async def _cycle(self) -> bool:
+        """One round; whether there was anything to do."""
+        now = anyio.current_time()
+        if now >= self._renew_at:
+            await self._renew(now)
+        if not self._buckets:
+            return False
+        buckets = sorted(self._buckets)
+        found = False
+        if now >= self._due_at:
+            self._due_at = now + DUE_EVERY_S
+            due = await self._outbox.due(buckets, self._batch)
+            if due:
+                await self._publish(due)
+                found = True
+        page = await self._outbox.read(buckets, self._floor.value, self._batch, READ_BYTES)
+        self._floor.read(xmin=page.xmin, last_id=page.last_id, lowest_id=page.rows[0].id if page.rows else None)
+        chosen = first_per_key(page.rows)
+        if chosen:
+            await self._publish(chosen)
+        return found or bool(chosen)
+
+    async def _renew(self, now: float) -> None:
+        """Counted from before the call: the database's lease ends no earlier than ours."""
+        held = await self._outbox.lease(self._owner, self._lease_s, None)
+        self._renew_at = now + self._lease_s / 3
+        self._publish_until = now + self._lease_s * 0.75
+        if held - self._buckets:
+            self._floor = Floor()
+        if held != self._buckets:
+            log.info("relay %s holds %d buckets", self._owner, len(held))
+        self._buckets = held
+
+    async def _publish(self, rows: Sequence[OutboxRow]) -> None:
+        if anyio.current_time() >= self._publish_until:
+            self._renew_at = 0.0
+            return
+        receipts = await self._broker.publish([outgoing_of(row) for row in rows])
+        gone: list[OutboxRow] = []
+        stuck: list[Stuck] = []
+        for row, receipt in zip(rows, receipts, strict=True):
+            if receipt is Receipt.CONFIRMED:
+                self._stats.relayed += 1
+                gone.append(row)
+            elif receipt is Receipt.UNROUTABLE and row.unrouted == "drop":
+                self._stats.dropped += 1
+                gone.append(row)
+            elif receipt is not Receipt.UNKNOWN:
+                self._stats.stuck += 1
+                log.error("event %s (%s) is stuck: %s; it is tried again", row.event_id, row.topic, receipt.value)
+                stuck.append(Stuck(row, receipt.value, stuck_retry_s(row.attempts + 1, self._rng.random())))
+        if stuck:
+            await self._outbox.set_aside(stuck)
+        if gone:
+            mark = self._floor.mark()
+            self._floor.deleted(mark, await self._outbox.delete(gone))
+        if len(gone) + len(stuck) < len(rows):
+            raise UnavailableError(f"{len(rows) - len(gone) - len(stuck)} events were published without an answer")
+
+
+def outgoing_of(row: OutboxRow) -> Outgoing:
+    """The message of an outbox row."""
+    headers: dict[str, HeaderValue] = dict(row.headers)
+    if row.key is not None:
+        headers[KEY] = row.key
+    return Outgoing(
+        exchange=EVENTS_EXCHANGE,
+        routing_key=routing_key(row.topic, row.bucket),
+        body=row.body,
+        message_id=str(row.event_id),
+        type=row.topic,
+        content_type=row.content_type,
+        timestamp_s=(row.event_id.int >> 80) // 1000,
+        headers=headers,
+    )

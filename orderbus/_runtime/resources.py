@@ -1,0 +1,57 @@
+"""Resources: async generators that yield one value each, opened at start and closed after the drain."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Any, get_args, get_origin
+
+import msgspec
+
+from orderbus.errors import UsageError
+
+
+class Resource(msgspec.Struct, frozen=True):
+    function: Callable[[], AsyncIterator[Any]]
+    provides: type
+
+    @property
+    def place(self) -> str:
+        code = self.function.__code__
+        return f"resource {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def resource_of(function: Callable[[], AsyncIterator[Any]]) -> Resource:
+    """Reads what it provides from `-> AsyncIterator[T]`. Raises UsageError where that is missing."""
+    name = getattr(function, "__qualname__", repr(function))
+    if not inspect.isasyncgenfunction(function):
+        raise UsageError(f"resource {name}: must be an async generator: `async def {name}() -> AsyncIterator[T]: … yield value`")
+    hint = typing.get_type_hints(function).get("return")
+    arguments = get_args(hint)
+    if get_origin(hint) not in (AsyncIterator, AsyncGenerator) or not arguments or not isinstance(arguments[0], type):
+        raise UsageError(f"resource {name}: needs the type it provides; write `-> AsyncIterator[T]` with a class T")
+    if inspect.signature(function).parameters:
+        raise UsageError(f"resource {name}: takes no parameters")
+    return Resource(function, arguments[0])
+
+
+class Resources:
+    """Opens resources in the order of their registration, closes them in reverse."""
+
+    def __init__(self, declared: Mapping[type, Resource]) -> None:
+        self._declared = declared
+        self._stack = AsyncExitStack()
+        self.values: dict[type, Any] = {}
+
+    async def __aenter__(self) -> Resources:
+        async with AsyncExitStack() as stack:
+            for kind, resource in self._declared.items():
+                self.values[kind] = await stack.enter_async_context(asynccontextmanager(resource.function)())
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._stack.__aexit__(kind, error, trace)

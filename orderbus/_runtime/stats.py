@@ -1,0 +1,41 @@
+"""What a bus has done since it started: plain counters, read by the drain's receipt, by telemetry and by tests."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Stats(msgspec.Struct):
+    received: int = 0
+    handled: int = 0
+    duplicates: int = 0
+    failed: int = 0
+    """Handler calls that raised, whatever followed."""
+    retried: int = 0
+    """Tries that the policy granted, in the process or through the ladder."""
+    parked: int = 0
+    released: int = 0
+    waited: int = 0
+    """Uncounted tries: a server was missing, or the database asked to run the transaction again."""
+    reconnects: int = 0
+    relayed: int = 0
+    stuck: int = 0
+    dropped: int = 0
+    """Events that nobody was bound to, of classes that say `unrouted="drop"`."""
+    published: int = 0
+    emitted: int = 0
+
+
+class DrainReceipt(msgspec.Struct, frozen=True):
+    """What a stop did: nothing is abandoned in silence."""
+
+    finished: int
+    """Deliveries that were running when the stop began and finished inside the grace time."""
+    released: int
+    """Deliveries given back to the broker untouched, or after their transaction was rolled back."""
+    cancelled: int
+    """Deliveries that were cancelled when the grace time ended (among those released)."""
+    clean: bool
+    """Whether everything started finished in time and every settlement reached the broker."""
+    seconds: float
+    stats: Stats

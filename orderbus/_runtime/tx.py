@@ -1,0 +1,134 @@
+"""Tx: what a handler writes through, so that its effects, its inbox row and its events commit together or not at all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from orderbus._core.codec import CONTENT_TYPES, Format, encode
+from orderbus._core.event import Event, event_key, event_type
+from orderbus._core.ids import uuid7
+from orderbus._core.message import VERSION
+from orderbus._core.topology import bucket_of
+from orderbus.abc import Deferred, InboxEntry, OutboxRow, Transaction
+from orderbus.errors import UsageError
+
+Params = Sequence[Any] | Mapping[str, Any]
+Row = tuple[Any, ...]
+
+MOST_EMITTED = 10_000
+MOST_KEY_BYTES = 200
+
+
+class Encoding:
+    """How a bus turns events into outbox rows: its format, its limit, its clock."""
+
+    __slots__ = ("clock", "form", "limit_bytes", "rng")
+
+    def __init__(self, *, form: Format, limit_bytes: int, clock: Callable[[], float], rng: random.Random) -> None:
+        self.form: Format = form
+        self.limit_bytes = limit_bytes
+        self.clock = clock
+        self.rng = rng
+
+    def row(self, event: Event, due_at: datetime | None = None) -> OutboxRow:
+        """Raises UsageError for what is no event, has no topic, is too large, or is due at a time without a zone."""
+        kind = event_type(type(event))
+        event_id = uuid7(int(self.clock() * 1000), self.rng.getrandbits(80))
+        key = event_key(event)
+        if key is not None and len(key.encode()) > MOST_KEY_BYTES:
+            raise UsageError(f"event {type(event).__name__}: its key is {len(key.encode())} bytes; at most {MOST_KEY_BYTES}")
+        if due_at is not None and due_at.tzinfo is None:
+            raise UsageError(
+                f"event {type(event).__name__}: due_at={due_at!r} has no time zone; use datetime.now(timezone.utc) + …"
+            )
+        return OutboxRow(
+            event_id=event_id,
+            topic=kind.topic,
+            key=key,
+            bucket=bucket_of(key if key is not None else str(event_id)),
+            body=encode(event, self.form, limit_bytes=self.limit_bytes),
+            content_type=CONTENT_TYPES[self.form],
+            headers={} if kind.version == 1 else {VERSION: str(kind.version)},
+            unrouted=kind.unrouted,
+            due_at_ms=None if due_at is None else int(due_at.timestamp() * 1000),
+        )
+
+
+class Tx:
+    """A database transaction with an outbox. It belongs to one handler call (or one fused batch) and ends with it.
+
+    Not safe for use by several tasks at once. After its end every method raises UsageError.
+    """
+
+    __slots__ = ("_deferred", "_emitted", "_encoding", "_ended", "_transaction")
+
+    def __init__(self, transaction: Transaction, encoding: Encoding) -> None:
+        self._transaction = transaction
+        self._encoding = encoding
+        self._deferred: list[Deferred] = []
+        self._emitted: list[OutboxRow] = []
+        self._ended = False
+
+    def emit(self, event: Event, *, due_at: datetime | None = None) -> UUID:
+        """Send an event when the transaction commits; never if it doesn't. Synchronous: all go in as one insert at commit.
+
+        `due_at` (with a time zone) holds it back until then. Returns the event's id, a UUIDv7. At most 10,000 a transaction.
+        """
+        self._check_open()
+        if len(self._emitted) >= MOST_EMITTED:
+            raise UsageError(f"a transaction emits at most {MOST_EMITTED} events; split the work")
+        row = self._encoding.row(event, due_at)
+        self._emitted.append(row)
+        return row.event_id
+
+    def defer(self, sql: str, params: Params = ()) -> None:
+        """Queue a write until commit, where equal statements of the whole batch are sent together.
+
+        Statements run grouped by their text, in order of first appearance. Its errors appear at commit.
+        """
+        self._check_open()
+        self._deferred.append(Deferred(sql, params))
+
+    async def execute(self, sql: str, params: Params = ()) -> int:
+        """Run a statement now; the number of rows it touched. Deferred writes have not run yet."""
+        self._check_open()
+        return (await self._transaction.execute(sql, params))[1]
+
+    async def fetch_one(self, sql: str, params: Params = ()) -> Row | None:
+        """The first row of a query, or None."""
+        self._check_open()
+        rows, _ = await self._transaction.execute(sql, params)
+        return rows[0] if rows else None
+
+    async def fetch_all(self, sql: str, params: Params = ()) -> Sequence[Row]:
+        """All rows of a query. They are held in memory: bound them with `limit`."""
+        self._check_open()
+        return (await self._transaction.execute(sql, params))[0]
+
+    @property
+    def connection(self) -> Any:
+        """psycopg's AsyncConnection, for what the above can't do. Do not commit it. UsageError under trio and on the memory store."""
+        self._check_open()
+        return self._transaction.connection
+
+    async def _commit(self, forget: Sequence[InboxEntry] = ()) -> None:
+        self._check_open()
+        self._ended = True
+        await self._transaction.commit(self._deferred, self._emitted, forget)
+
+    async def _rollback(self) -> None:
+        if not self._ended:
+            self._ended = True
+            await self._transaction.rollback()
+
+    @property
+    def _emits(self) -> bool:
+        return bool(self._emitted)
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise UsageError("this tx has ended; use it only inside the handler or the `async with` it was given to")
