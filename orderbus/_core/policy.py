@@ -14,7 +14,7 @@ LONGEST_DELAY_S = 30 * 86_400.0
 MOST_ATTEMPTS = 1_000
 
 
-class Park(Exception):  # noqa: N818 - it is an order, not an error
+class Park(Exception):
     """Raise it in a handler to send the message to the dead letters at once, with a reason for the person on call."""
 
     def __init__(self, reason: str) -> None:
@@ -22,7 +22,7 @@ class Park(Exception):  # noqa: N818 - it is an order, not an error
         super().__init__(reason)
 
 
-class RetryLater(Exception):  # noqa: N818 - it is an order, not an error
+class RetryLater(Exception):
     """Raise it in a handler to have the message again after `delay_s` seconds, whatever the policy says.
 
     It counts as an attempt, and is parked as soon as the policy's attempts are used up unless `counted=False`.

@@ -27,6 +27,7 @@ from orderbus._runtime.engine import Engine
 from orderbus._runtime.resources import Resource, Resources, resource_of
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tx import Tx
+from orderbus.abc import Claims
 from orderbus.errors import UnavailableError, UsageError
 
 log = logging.getLogger("orderbus")
@@ -216,6 +217,11 @@ class Bus:
         away or 10,000 callers wait. Cancelled before its turn it is not run; later, its outcome is unknown.
         """
         return await self._open.commits().submit(work)
+
+    @property
+    def claims(self) -> Claims:
+        """The claims keeper (Redis) of the open bus, for idempotency keys of your own. UsageError where there is none."""
+        return self._open.claims
 
     @property
     def stats(self) -> Stats:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,8 +50,18 @@ def open_broker(url: str, *, name: str) -> AbstractAsyncContextManager[Any]:
 def open_store(url: str, *, name: str, pool_size: int) -> AbstractAsyncContextManager[Any]:
     if scheme_of(url) == "memory":
         return adapter(url).open_store(url)  # type: ignore[no-any-return]
+    if scheme_of(url) == "embedded":
+        return _with_schema(adapter(url).open_store(url, name=name, pool_size=pool_size))
     return adapter(url).open_store(url, name=name, pool_size=pool_size)  # type: ignore[no-any-return]
 
 
 def open_claims(url: str) -> AbstractAsyncContextManager[Any]:
     return adapter(url).open_claims(url)  # type: ignore[no-any-return]
+
+
+@asynccontextmanager
+async def _with_schema(manager: AbstractAsyncContextManager[Any]) -> AsyncIterator[Any]:
+    """An embedded database is this program's own: its schema needs no command of a person."""
+    async with manager as store:
+        await store.apply_schema()
+        yield store

@@ -1,0 +1,1 @@
+"""The only places that import a driver; each is found by the scheme of its URL."""

@@ -1,0 +1,1 @@
+"""Event Stream Orders: six thin services on orderbus. No service imports another; what they share is in `shared`."""

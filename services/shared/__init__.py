@@ -1,0 +1,1 @@
+"""What the services agree on: their events, the database schema, the settings of the demo."""
