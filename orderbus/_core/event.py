@@ -6,7 +6,7 @@ import re
 import typing
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, dataclass_transform, get_args, get_origin
 
 import msgspec
 
@@ -53,6 +53,7 @@ class EventMeta(msgspec.StructMeta):
         return cls
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Event(msgspec.Struct, metaclass=EventMeta, frozen=True, kw_only=True):
     """Something that happened, as a frozen, typed, keyword-only record.
 
