@@ -8,7 +8,7 @@ from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.event import Event
 from orderbus._core.policy import Park, Retry, RetryLater
 from orderbus._core.settings import Settings
-from orderbus._runtime.bus import Bus, run_until_signalled
+from orderbus._runtime.bus import Bus, new_id, run_until_signalled
 from orderbus._runtime.consumer import Middleware
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tx import Tx
@@ -49,5 +49,6 @@ __all__ = [
     "Tx",
     "UnavailableError",
     "UsageError",
+    "new_id",
     "run_until_signalled",
 ]

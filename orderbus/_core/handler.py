@@ -79,6 +79,19 @@ class Handler(msgspec.Struct, frozen=True):
         return f"handler {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
 
 
+class Periodic(msgspec.Struct, frozen=True):
+    """A function that runs every so many seconds while the bus is open."""
+
+    function: Callable[..., Any]
+    every_s: float
+    timeout_s: float
+
+    @property
+    def place(self) -> str:
+        code = self.function.__code__
+        return f"periodic {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
 class Plan(msgspec.Struct, frozen=True):
     """How to call a handler: where each argument comes from, and which events it says it returns."""
 
@@ -184,11 +197,30 @@ def check_together(handler: Handler, others: Sequence[Handler]) -> None:
         )
 
 
-def _source(handler: Handler, name: str, hint: Any, tx_type: type, resources: Mapping[type, object]) -> Source | type:
+def resolve_periodic(periodic: Periodic, tx_type: type, resources: Mapping[type, object]) -> Plan:
+    """Read the signature of a periodic function: Tx and resources, by type. Raises UsageError naming it and the fix."""
+    function = periodic.function
+    if not inspect.iscoroutinefunction(function):
+        raise UsageError(f"{periodic.place}: must be an async function; write `async def {function.__name__}(…)`")
+    if not 0.01 <= periodic.every_s <= 86_400 or not 0 < periodic.timeout_s <= 3_600:
+        raise UsageError(f"{periodic.place}: runs every 0.01 to 86,400 seconds, with a timeout of at most 3,600")
+    hints = typing.get_type_hints(function)
+    arguments: list[Source | type] = []
+    for name in inspect.signature(function).parameters:
+        if name not in hints:
+            raise UsageError(f"{periodic.place}: parameter {name!r} has no type; write `{name}: Tx`, or a resource's type")
+        source = _source(periodic, name, hints[name], tx_type, resources)
+        if source == "delivery":
+            raise UsageError(f"{periodic.place}: parameter {name!r} is a Delivery, but nothing is delivered here; drop it")
+        arguments.append(source)
+    return Plan(tuple(arguments), _emits(periodic, hints.get("return", NoneType)))
+
+
+def _source(handler: Handler | Periodic, name: str, hint: Any, tx_type: type, resources: Mapping[type, object]) -> Source | type:
     if hint is tx_type:
         return "tx"
     if hint is Delivery:
-        if handler.batch:
+        if isinstance(handler, Handler) and handler.batch:
             raise UsageError(f"{handler.place}: parameter {name!r}: a batch has many deliveries; use item.delivery")
         return "delivery"
     if isinstance(hint, type) and hint in resources:
@@ -200,7 +232,7 @@ def _source(handler: Handler, name: str, hint: Any, tx_type: type, resources: Ma
     )
 
 
-def _emits(handler: Handler, hint: Any) -> tuple[type[Event], ...]:
+def _emits(handler: Handler | Periodic, hint: Any) -> tuple[type[Event], ...]:
     found: list[type[Event]] = []
     for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         if part is None or part is NoneType:

@@ -17,7 +17,20 @@ import anyio
 from orderbus._core.codec import Format
 from orderbus._core.delivery import Batch
 from orderbus._core.event import Event
-from orderbus._core.handler import GROUP, Guard, Handler, Options, Plan, check_options, check_together, queue_needs, resolve
+from orderbus._core.handler import (
+    GROUP,
+    Guard,
+    Handler,
+    Options,
+    Periodic,
+    Plan,
+    check_options,
+    check_together,
+    queue_needs,
+    resolve,
+    resolve_periodic,
+)
+from orderbus._core.ids import uuid7
 from orderbus._core.message import Receipt
 from orderbus._core.policy import DEFAULT_RETRY, Retry
 from orderbus._core.settings import Settings
@@ -61,6 +74,7 @@ class Bus:
         self._format: Format = format
         self._clock = clock
         self._handlers: list[Handler] = []
+        self._periodics: list[Periodic] = []
         self._resources: dict[type, Resource] = {}
         self._middleware: list[Middleware] = []
         self._engine: Engine | None = None
@@ -127,6 +141,25 @@ class Bus:
 
         return register
 
+    def every(self, seconds: float, *, timeout: float = 60.0) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+        """Run an async function every so many seconds (0.01 to 86,400) while the bus is open, in a transaction of its own.
+
+        It takes Tx and resources by type; what it returns is emitted. It runs in every process of the group, so rows are
+        claimed with `for update skip locked`. What it raises is logged and rolled back, and the next round comes all the same.
+        """
+
+        def register(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+            self._check_closed("every")
+            periodic = Periodic(function, seconds, timeout)
+            try:
+                resolve_periodic(periodic, Tx, _Anything(self._resources))
+            except NameError:
+                log.debug("%s: has forward references; checked again at start", periodic.place)
+            self._periodics.append(periodic)
+            return function
+
+        return register
+
     def resource(self, function: Callable[[], AsyncIterator[T]]) -> Callable[[], AsyncIterator[T]]:
         """Register an async generator that yields one value: opened at start, closed after the drain, injected by its type."""
         self._check_closed("resource")
@@ -149,6 +182,7 @@ class Bus:
         self._check_closed("async with")
         settings = Settings.load(os.environ, self._given)
         plans = self.plans()
+        periodics = [(periodic, resolve_periodic(periodic, Tx, self._resources)) for periodic in self._periodics]
         async with AsyncExitStack() as stack:
             resources = await stack.enter_async_context(Resources(self._resources))
             self._engine = await stack.enter_async_context(
@@ -156,6 +190,7 @@ class Bus:
                     self.group,
                     settings,
                     plans,
+                    periodics=periodics,
                     resources=resources.values,
                     middleware=self._middleware,
                     form=self._format,
@@ -287,6 +322,11 @@ class _Anything(dict[type, object]):
         return super().__contains__(kind) or (
             isinstance(kind, type) and kind.__module__ != "builtins" and not issubclass(kind, Event)
         )
+
+
+def new_id() -> UUID:
+    """A new UUIDv7 of now: ids made later sort later, which keeps indexes small and fast. Random bits from the system."""
+    return uuid7(time.time_ns() // 1_000_000, int.from_bytes(os.urandom(10), "big"))
 
 
 async def run_until_signalled(*buses: Bus) -> list[DrainReceipt]:

@@ -14,11 +14,11 @@ import anyio
 import sniffio
 
 from orderbus._core.codec import Format
-from orderbus._core.handler import Handler, Plan, queue_needs
+from orderbus._core.handler import Handler, Periodic, Plan, queue_needs
 from orderbus._core.message import Receipt
 from orderbus._core.settings import Settings
 from orderbus._core.topology import topology_for
-from orderbus._core.work import Route
+from orderbus._core.work import Route, check_tx_result
 from orderbus._runtime.consumer import Consumer, Environment, Middleware
 from orderbus._runtime.group_commit import GroupCommit
 from orderbus._runtime.guard import Caller, ClaimsGuard, Guard, InboxGuard, NoGuard
@@ -46,6 +46,7 @@ class Engine:
         settings: Settings,
         plans: Sequence[tuple[Handler, Plan]],
         *,
+        periodics: Sequence[tuple[Periodic, Plan]],
         resources: Mapping[type, Any],
         middleware: Sequence[Middleware],
         form: Format,
@@ -55,6 +56,7 @@ class Engine:
         self._group = group
         self._settings = settings
         self._plans = plans
+        self._periodics = periodics
         self._resources = resources
         self._middleware = middleware
         self._clock = clock
@@ -159,6 +161,8 @@ class Engine:
                 owner = f"{self._group}-{uuid4().hex[:12]}"
                 self._relay = Relay(self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng)
                 self._tasks.start_soon(_ending, self._relay.run, self._relay_done, name="relay")
+        for periodic, plan in self._periodics:
+            self._tasks.start_soon(self._repeat, periodic, plan, name=periodic.place)
         for consumer, _ in self._consumers:
             await consumer.consuming.wait()
 
@@ -299,6 +303,27 @@ class Engine:
     def _wake_relay(self) -> None:
         if self._relay is not None:
             self._relay.wake()
+
+    async def _repeat(self, periodic: Periodic, plan: Plan) -> None:
+        while True:
+            await anyio.sleep(periodic.every_s)
+            if self.draining:
+                return
+            try:
+                with anyio.fail_after(periodic.timeout_s):
+                    await self._once(periodic, plan)
+            except Exception:  # the next round comes all the same; this one is rolled back
+                self.stats.failed += 1
+                log.exception("%s failed; again in %g s", periodic.place, periodic.every_s)
+
+    async def _once(self, periodic: Periodic, plan: Plan) -> None:
+        if not plan.needs_tx:
+            await periodic.function(*(self._resources[kind] for kind in plan.arguments if isinstance(kind, type)))
+            return
+        async with self.transaction() as tx:
+            arguments = [tx if source == "tx" else self._resources[source] for source in plan.arguments]  # type: ignore[index]
+            for event in check_tx_result(await periodic.function(*arguments), periodic.place):
+                tx.emit(event)
 
     async def _maintain(self) -> None:
         while True:
