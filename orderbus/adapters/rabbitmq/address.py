@@ -1,0 +1,55 @@
+"""The broker's URL: what it may say, and how it is shown (without the password)."""
+
+from __future__ import annotations
+
+import msgspec
+from yarl import URL
+
+from orderbus.errors import UsageError
+
+_PORTS = {"amqp": 5672, "amqps": 5671}
+_TLS_OPTIONS = frozenset({"cafile", "capath", "cadata", "certfile", "keyfile"})
+_OPTIONS = _TLS_OPTIONS | {"heartbeat"}
+
+HEARTBEAT_S = 20
+"""The default: a peer that fell silent is noticed after about a minute."""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A checked URL. `url` holds the password; `shown` is for people."""
+
+    url: str
+    shown: str
+    host: str
+    port: int
+
+    def __repr__(self) -> str:
+        return f"Address({self.shown!r})"
+
+
+def parse_address(text: str) -> Address:
+    """Check a URL `amqp[s]://user:password@host[:port][/vhost][?option=value]`. Raises UsageError, never showing the password."""
+    try:
+        url = URL(text)
+        port = url.port
+    except ValueError as failure:
+        raise UsageError("the broker's URL can't be read; it should look like amqp://user:password@host:5672/vhost") from failure
+    if url.scheme not in _PORTS:
+        raise UsageError(f"the broker's URL has the scheme {url.scheme!r}; use amqp:// or amqps://")
+    if not url.host:
+        raise UsageError("the broker's URL names no host; it should look like amqp://user:password@host:5672/vhost")
+    if not url.user or not url.password:
+        raise UsageError(f"the broker's URL for {url.host} lacks user or password; there is no default for them: give both")
+    if "no_verify_ssl" in url.query:
+        raise UsageError("no_verify_ssl in the broker's URL is refused: name the issuer of its certificate with cafile= instead")
+    if unknown := sorted(set(url.query) - _OPTIONS):
+        raise UsageError(f"the broker's URL has the unknown option {unknown[0]!r}; it may have {', '.join(sorted(_OPTIONS))}")
+    if url.scheme == "amqp" and (misplaced := sorted(set(url.query) & _TLS_OPTIONS)):
+        raise UsageError(f"the broker's URL has the TLS option {misplaced[0]!r}, but its scheme is amqp://; use amqps://")
+    heartbeat = url.query.get("heartbeat", str(HEARTBEAT_S))
+    if not heartbeat.isdecimal() or not 5 <= int(heartbeat) <= 600:
+        raise UsageError(f"heartbeat={heartbeat} in the broker's URL: use 5 to 600 seconds; it is how a dead peer is noticed")
+    port = port or _PORTS[url.scheme]
+    complete = url.with_port(port).update_query(heartbeat=heartbeat)
+    shown = f"{url.scheme}://{url.host}:{port}{url.path if url.path != '/' else ''}"
+    return Address(str(complete), shown, url.host, port)

@@ -1,0 +1,144 @@
+"""The broker: one connection for publishing, one for the rest, each made when it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import count
+
+from orderbus._core.message import Outgoing, Receipt
+from orderbus._core.topology import Topology
+from orderbus.adapters.rabbitmq.address import Address, parse_address
+from orderbus.adapters.rabbitmq.connection import CONNECT_S, Connection
+from orderbus.adapters.rabbitmq.publisher import CONFIRM_S, Publisher
+from orderbus.adapters.rabbitmq.subscription import Subscription
+from orderbus.adapters.rabbitmq.topology import apply_topology, ready_count
+from orderbus.errors import UsageError
+
+MAX_PREFETCH = 65535
+
+
+@asynccontextmanager
+async def open_broker(
+    url: str, *, name: str, connect_s: float = CONNECT_S, confirm_s: float = CONFIRM_S
+) -> AsyncIterator[RabbitBroker]:
+    """Connect to RabbitMQ; asyncio only.
+
+    The URL is `amqp[s]://user:password@host[:port][/vhost]`, and `name` is what the broker's listings call the connections.
+    `connect_s` bounds each connecting. A publish whose confirm takes longer than `confirm_s` is reported as unknown. Raises
+    UsageError for a URL that can't be right, and UnavailableError, with host and port, where no connection can be had.
+    """
+    broker = RabbitBroker(parse_address(url), name, connect_s, confirm_s)
+    try:
+        await broker.open()
+        yield broker
+    finally:
+        await broker.close()
+
+
+class RabbitBroker:
+    """A `Broker` on RabbitMQ 3.10 to 4.x. Made by `open_broker`.
+
+    Publishing has a connection of its own, because an alarm makes the broker stop reading from those that publish: consuming
+    and settling go on. A connection that was lost is replaced by the next call that needs one; nothing runs in between.
+    """
+
+    def __init__(self, address: Address, name: str, connect_s: float, confirm_s: float) -> None:
+        self._address = address
+        self._name = name
+        self._connect_s = connect_s
+        self._confirm_s = confirm_s
+        self._epochs = count(1)
+        self._plain_queues: set[str] = set()
+        """Queues that were declared here without a single active consumer; any other may have one."""
+        self._consuming: Connection | None = None
+        self._consuming_lock = asyncio.Lock()
+        self._publishing: Connection | None = None
+        self._publisher: Publisher | None = None
+        self._publishing_lock = asyncio.Lock()
+        self._is_closed = False
+
+    async def open(self) -> None:
+        await self._consuming_connection()
+
+    async def close(self) -> None:
+        """Close both connections. Publishes that wait for confirms are reported as unknown."""
+        self._is_closed = True
+        try:
+            if self._publishing is not None:
+                await self._publishing.close()
+        finally:
+            if self._consuming is not None:
+                await self._consuming.close()
+
+    async def apply(self, topology: Topology) -> None:
+        """Declare everything that is missing. Raises TopologyError, naming each, where something exists with other arguments."""
+        await apply_topology(await self._consuming_connection(), topology)
+        for queue in topology.queues:
+            if queue.single_active_consumer:
+                self._plain_queues.discard(queue.name)
+            else:
+                self._plain_queues.add(queue.name)
+
+    async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Receipt]:
+        """Publish all and wait for all confirms; one receipt each, in order. May be called by several tasks at once.
+
+        Waits while the broker is blocked by an alarm. What was sent when the connection went is UNKNOWN, and so is what a
+        cancelled call has sent. Raises UnavailableError only where nothing was sent.
+        """
+        if not batch:
+            return []
+        publisher = await self._ready_publisher()
+        return await publisher.publish(batch)
+
+    @asynccontextmanager
+    async def subscribe(self, queue: str, *, prefetch: int) -> AsyncIterator[Subscription]:
+        """Consume a queue with at most `prefetch` unsettled deliveries. Leaving gives back what is unsettled.
+
+        Raises UnavailableError, naming the queue, where it does not exist.
+        """
+        if not 1 <= prefetch <= MAX_PREFETCH:
+            raise UsageError(f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all")
+        connection = await self._consuming_connection()
+        keeps_order = queue not in self._plain_queues
+        subscription = Subscription(connection, queue, prefetch, keeps_order=keeps_order, epochs=self._epochs)
+        try:
+            await subscription.open()
+            yield subscription
+        finally:
+            await subscription.close()
+
+    async def depth(self, queue: str) -> int:
+        """How many messages are ready in a queue. Raises UsageError where there is no such queue."""
+        ready = await ready_count(await self._consuming_connection(), queue)
+        if ready is None:
+            raise UsageError(f"there is no queue {queue!r} at {self._address.shown}; declare it with `orderbus topology apply`")
+        return ready
+
+    async def _consuming_connection(self) -> Connection:
+        async with self._consuming_lock:
+            if self._consuming is None or self._consuming.lost is not None:
+                if self._consuming is not None:
+                    await self._consuming.close()
+                self._consuming = await self._connect("consume")
+            return self._consuming
+
+    async def _ready_publisher(self) -> Publisher:
+        async with self._publishing_lock:
+            if self._publisher is None or self._publisher.failure is not None:
+                self._publisher = None
+                if self._publishing is not None:
+                    await self._publishing.close()
+                self._publishing = await self._connect("publish")
+                publisher = Publisher(self._publishing, self._confirm_s)
+                await publisher.open()
+                self._publisher = publisher
+            return self._publisher
+
+    async def _connect(self, purpose: str) -> Connection:
+        if self._is_closed:
+            raise UsageError("the broker is closed: use it inside its `async with`")
+        connection = Connection(self._address, f"{self._name} ({purpose})")
+        await connection.connect(self._connect_s)
+        return connection

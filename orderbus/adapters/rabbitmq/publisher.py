@@ -1,0 +1,130 @@
+"""Publishing with confirms: many messages to one write, one future for each batch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+
+from aiormq.exceptions import ChannelClosed
+
+from orderbus._core.message import Outgoing, Receipt
+from orderbus.adapters.rabbitmq.confirms import Confirms, SentBatch
+from orderbus.adapters.rabbitmq.connection import Connection, describe
+from orderbus.adapters.rabbitmq.content import ConfirmSink
+from orderbus.adapters.rabbitmq.encoder import PublishEncoder
+from orderbus.adapters.rabbitmq.fields import Unsendable
+from orderbus.errors import UnavailableError
+
+CONFIRM_S = 30.0
+MAX_UNANSWERED = 100_000
+"""More open publishes than this, and the connection is given up: a broker that never answers must not fill the memory."""
+
+_WRITE_BYTES = 256 * 1024
+_NO_EXCHANGE = re.compile(r"NOT_FOUND - no exchange '(.*)' in vhost")
+
+log = logging.getLogger("orderbus.rabbitmq")
+
+
+class Publisher:
+    """One confirming channel. Of no use once `failure` is set: make another."""
+
+    def __init__(self, connection: Connection, confirm_s: float) -> None:
+        self._connection = connection
+        self._confirm_s = confirm_s
+        self._confirms = Confirms()
+        self._sink = ConfirmSink(self._confirms)
+        self._turn = asyncio.Lock()
+
+    @property
+    def failure(self) -> str | None:
+        return self._sink.failure
+
+    async def open(self) -> None:
+        """Raises UnavailableError."""
+        channel = await self._connection.open_channel(lambda _: self._sink)
+        self._encoder = PublishEncoder(channel.number, self._connection.frame_max)
+        try:
+            await self._connection.call(channel.confirm_delivery(), "asking for confirms", on_giving_up=self._sink.fail)
+        except ChannelClosed as failure:
+            raise UnavailableError(f"asking for confirms at {self._connection.address.shown}: {describe(failure)}") from failure
+
+    async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Receipt]:
+        """One receipt for each message. Raises UnavailableError only where nothing was sent."""
+        receipts: list[Receipt | None] = [None] * len(batch)
+        answered = asyncio.Event()
+        async with self._turn:  # The numbers of a batch are consecutive, and one batch at most waits in the write buffer.
+            await self._connection.unblocked()
+            if self.failure is not None:
+                raise UnavailableError(f"{self._connection.address.shown}: {self.failure}")
+            if self._confirms.open > MAX_UNANSWERED:
+                self._connection.abort(f"{self._confirms.open} publishes have no answer")
+                raise UnavailableError(f"{self._connection.address.shown}: {self.failure}")
+            sent = self._confirms.begin(answered.set)
+            try:
+                await self._send(batch, sent, receipts)
+            finally:
+                self._confirms.finish(sent)
+        await self._answers(answered)
+        return self._receipts(batch, sent, receipts)
+
+    async def _send(self, batch: Sequence[Outgoing], sent: SentBatch, receipts: list[Receipt | None]) -> None:
+        """Write all of it; `receipts` is filled where a message is refused before sending."""
+        encode = self._encoder.encode
+        frames: list[bytes] = []
+        size, sequence = 0, self._confirms.next_sequence
+        for index, message in enumerate(batch):
+            try:
+                frame = encode(message, sequence)
+            except Unsendable as failure:
+                receipts[index] = Receipt.REFUSED
+                log.warning("message %.64r for exchange %.64r is not sent: %s", message.message_id, message.exchange, failure)
+                continue
+            frames.append(frame)
+            sequence += 1
+            size += len(frame)
+            if size >= _WRITE_BYTES:
+                if not await self._write(frames, sent):
+                    return
+                frames, size = [], 0
+        if frames:
+            await self._write(frames, sent)
+
+    async def _write(self, frames: list[bytes], sent: SentBatch) -> bool:
+        """False once the channel is gone. After a cancellation the sequence numbers go on: what was written may arrive."""
+        if self.failure is not None:
+            return False
+        self._confirms.sent(sent, len(frames))
+        self._connection.write(b"".join(frames))
+        try:
+            await self._connection.drain()
+        except UnavailableError as failure:
+            log.debug("while publishing: %s", failure)  # The receipts tell it: unknown.
+            return False
+        return self.failure is None
+
+    async def _answers(self, answered: asyncio.Event) -> None:
+        """Until all are there, the channel is gone, or the time limit; the clock stands while the broker is blocked."""
+        while True:
+            try:
+                async with asyncio.timeout(self._confirm_s):
+                    await answered.wait()
+                return
+            except TimeoutError:
+                if self._connection.blocked is None or self._connection.lost is not None:
+                    log.warning("%s: confirms did not come within %g s", self._connection.address.shown, self._confirm_s)
+                    return
+
+    def _receipts(self, batch: Sequence[Outgoing], sent: SentBatch, receipts: list[Receipt | None]) -> list[Receipt]:
+        missing = _NO_EXCHANGE.search(self.failure or "")
+        if len(sent.receipts) == len(batch) and sent.open == 0:
+            return [receipt for receipt in sent.receipts if receipt is not None]
+        answers = iter(sent.receipts)
+        result: list[Receipt] = []
+        for message, refused in zip(batch, receipts, strict=True):
+            receipt = refused or next(answers, None) or Receipt.UNKNOWN
+            if receipt is Receipt.UNKNOWN and missing and message.exchange == missing[1]:
+                receipt = Receipt.UNROUTABLE  # The broker keeps nothing for an exchange that it does not have.
+            result.append(receipt)
+        return result

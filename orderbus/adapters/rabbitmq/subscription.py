@@ -1,0 +1,252 @@
+"""Consuming one queue: probing first, settlements coalesced, no settlement for a channel that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+import anyio
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelClosed
+
+from orderbus._core.message import Incoming, Settlement
+from orderbus.adapters.rabbitmq.connection import CALL_S, CLOSE_S, Connection, describe
+from orderbus.adapters.rabbitmq.content import DeliverySink
+from orderbus.adapters.rabbitmq.fields import decode_properties
+from orderbus.adapters.rabbitmq.settlements import Settlements
+from orderbus.errors import MessageError, UnavailableError, UsageError
+
+
+log = logging.getLogger("orderbus.rabbitmq")
+
+
+class Subscription:
+    """A live consumer of one queue.
+
+    It starts at prefetch 1 and consumes at its full prefetch once it has met a delivery that was never delivered before: a
+    quorum queue redelivers first, so a message that kills its process is alone when it does. Prefetch belongs to a
+    consumer, so growing means consuming anew: on the same channel, or, where order counts, on a new one (see `_grow`).
+    """
+
+    def __init__(self, connection: Connection, queue: str, prefetch: int, *, keeps_order: bool, epochs: Iterator[int]) -> None:
+        self._connection = connection
+        self._queue = queue
+        self._prefetch = prefetch
+        self._keeps_order = keeps_order
+        self._epochs = epochs
+        self._is_probing = prefetch > 1
+        self._is_paused = False
+        self._held = 0
+        """Deliveries of this life that were handed over and are not settled."""
+        self._life: _Life | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._write: asyncio.Handle | None = None
+        self._one_step = asyncio.Lock()
+        self._steps: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Start consuming. Raises UnavailableError, naming the queue, where it does not exist."""
+        await self._step(self._begin_life)
+
+    async def receive(self) -> Sequence[Incoming]:
+        """At least one delivery; what has arrived, up to the prefetch. Raises UnavailableError when the consumer is gone."""
+        while True:
+            life = self._alive()
+            arrived = life.sink.arrived
+            room = self._prefetch - self._held
+            if not arrived or room <= 0 or self._is_paused:
+                await self._wait()
+            elif self._is_probing and _is_fresh(arrived[0]):
+                await self._step(self._grow)
+            else:
+                life.sink.arrived = arrived[room:]
+                del arrived[room:]
+                self._held += len(arrived)
+                return arrived
+
+    def settle(self, delivery: Incoming, how: Settlement) -> None:
+        """Say what became of a delivery; sent with its neighbours when the event loop comes round. Never blocks.
+
+        Raises InvariantError for a delivery that was settled before.
+        """
+        life = self._life
+        if life is None or delivery.epoch != life.epoch or life.sink.failure is not None:
+            return
+        life.settlements.add(delivery.tag, how)
+        if self._held >= self._prefetch:
+            self._notify()
+        self._held -= 1
+        if self._write is None:
+            self._write = asyncio.get_running_loop().call_soon(self._send)
+
+    async def pause(self) -> None:
+        """Take no new deliveries. What arrived and was not handed over goes back, but where order counts it stays here.
+
+        There, cancelling would let the next consumer begin while we still hold earlier messages (seen on RabbitMQ 3.10):
+        finish, settle, and leave the subscription.
+        """
+        self._is_paused = True
+        if not self._keeps_order:
+            await self._step(self._stop_consuming)
+
+    async def flush(self) -> None:
+        """Wait until every settlement so far has reached the broker. Raises UnavailableError when it can't any more."""
+        await self._step(self._round_trip)
+
+    async def close(self) -> None:
+        """Send what is settled, give back the rest, and wait for the broker's word that the channel is closed."""
+        with anyio.CancelScope(shield=True):
+            if self._steps:
+                await asyncio.wait(self._steps, timeout=CALL_S)
+            try:
+                await self._end_life()
+            except UnavailableError as failure:
+                log.info("leaving queue %r: %s", self._queue, failure)  # The broker takes everything back by itself.
+
+    async def _step(self, step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a conversation with the broker to its end, though the caller be cancelled: aiormq would close the channel.
+
+        One at a time; `close` waits for them.
+        """
+
+        async def alone() -> None:
+            async with self._one_step:
+                await step()
+
+        task = asyncio.get_running_loop().create_task(alone())
+        self._steps.add(task)
+        task.add_done_callback(self._steps.discard)
+        await asyncio.shield(task)
+
+    async def _begin_life(self) -> None:
+        epoch = next(self._epochs)
+        sink = DeliverySink(self._queue, epoch, decode_properties, self._notify)
+        channel = await self._connection.open_channel(lambda _: sink)
+        self._life = life = _Life(channel, sink, Settlements(channel.number), epoch)
+        self._held = 0
+        await self._consume(life)
+
+    async def _end_life(self) -> None:
+        life = self._life
+        if life is None:
+            return
+        self._send()
+        # From here on nothing is written to the channel: a late frame would end the connection.
+        life.sink.fail("the subscription was left")
+        life.sink.arrived = []
+        if life.sink.is_closed or self._connection.lost is not None:
+            return
+        try:
+            await self._connection.call(
+                life.channel.close(), "closing a channel", limit_s=CLOSE_S, on_giving_up=self._connection.abort
+            )
+        except ChannelClosed as failure:
+            raise UnavailableError(f"queue {self._queue!r}: {describe(failure)}") from failure
+        if not life.sink.is_closed:
+            self._connection.abort("a channel could not be closed")
+
+    async def _consume(self, life: _Life) -> None:
+        """Consume on the channel, from now on with the prefetch of the hour."""
+        prefetch = 1 if self._is_probing else self._prefetch
+        life.consumer_tag = f"{life.epoch}.{prefetch}"
+        await self._ask(life, life.channel.basic_qos(prefetch_count=prefetch), "setting the prefetch")
+        consume = life.channel.basic_consume(self._queue, _unused_callback, consumer_tag=life.consumer_tag)
+        await self._ask(life, consume, "consuming")
+
+    async def _grow(self) -> None:
+        """The end of the probe. Between the consumers, what was delivered for the probe must neither get lost nor overtaken.
+
+        Where order counts (a single active consumer), the channel is closed and so its delivery goes back, unseen by anyone;
+        that counts as one delivery of it. Cancelling instead would make another consumer active beside that delivery.
+        """
+        if not self._is_probing or self._is_paused:
+            return
+        self._is_probing = False
+        if self._keeps_order:
+            await self._end_life()
+            await self._begin_life()
+            return
+        life = self._alive()
+        await self._ask(life, life.channel.basic_cancel(life.consumer_tag), "ending the probe")
+        await self._consume(life)
+
+    async def _stop_consuming(self) -> None:
+        life = self._alive()
+        await self._ask(life, life.channel.basic_cancel(life.consumer_tag), "pausing")
+        for delivery in life.sink.arrived:
+            life.settlements.add(delivery.tag, Settlement.RELEASE)
+        life.sink.arrived = []
+        self._send()
+
+    async def _round_trip(self) -> None:
+        self._send()
+        life = self._life
+        if life is None or life.sink.failure is not None:
+            raise UnavailableError(f"queue {self._queue!r}: {life.sink.failure if life else 'not open'}")
+        # Any call would do: the broker answers in order, after it has taken what was written before.
+        await self._ask(life, life.channel.basic_qos(prefetch_count=1 if self._is_probing else self._prefetch), "flushing")
+
+    async def _ask(self, life: _Life, call: Coroutine[Any, Any, Any], what: str) -> None:
+        try:
+            await self._connection.call(call, f"{what}, queue {self._queue!r}", on_giving_up=life.sink.fail)
+        except ChannelClosed as failure:
+            raise UnavailableError(f"{what}, queue {self._queue!r}: {describe(failure)}") from failure
+
+    def _alive(self) -> _Life:
+        life = self._life
+        assert life is not None
+        if reason := life.sink.failure or life.sink.cancelled:
+            raise UnavailableError(f"queue {self._queue!r}, {self._connection.address.shown}: {reason}")
+        return life
+
+    def _send(self) -> None:
+        if self._write is not None:
+            self._write.cancel()
+            self._write = None
+        life = self._life
+        if life is not None and life.sink.failure is None and (frames := life.settlements.take()):
+            self._connection.write(frames)
+
+    async def _wait(self) -> None:
+        """Until a delivery arrives where there was none, room appears where there was none, or the consumer is gone."""
+        if self._waiter is not None:
+            raise UsageError(f"two tasks receive from one subscription of {self._queue!r}; let one task receive and hand on")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _notify(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Life:
+    """A channel that consumes. Its tags mean nothing on any other."""
+
+    def __init__(self, channel: AbstractChannel, sink: DeliverySink, settlements: Settlements, epoch: int) -> None:
+        self.channel = channel
+        self.sink = sink
+        self.settlements = settlements
+        self.epoch = epoch
+        self.consumer_tag = ""
+
+
+def _is_fresh(delivery: Incoming) -> bool:
+    """Whether the broker delivers it for the first time.
+
+    From RabbitMQ 4 on a message that was given back politely is marked as redelivered while its count is still 0.
+    """
+    if not delivery.redelivered:
+        return True
+    try:
+        return delivery.properties.headers.get("x-delivery-count") == 0
+    except MessageError:
+        return False
+
+
+async def _unused_callback(_: Any) -> None:
+    """aiormq asks for one; the deliveries never reach it."""
