@@ -29,15 +29,15 @@ class Delivery(msgspec.Struct, frozen=True):
     """When the handler is cancelled, on the clock of `anyio.current_time()`."""
 
 
-E = TypeVar("E", bound=Event)
+E_co = TypeVar("E_co", bound=Event, covariant=True)
 
 
-class Item(Generic[E]):
+class Item(Generic[E_co]):
     """One event of a batch. Unless the handler says otherwise, it succeeds when the handler returns."""
 
     __slots__ = ("delivery", "event", "outcome")
 
-    def __init__(self, event: E, delivery: Delivery) -> None:
+    def __init__(self, event: E_co, delivery: Delivery) -> None:
         self.event = event
         self.delivery = delivery
         self.outcome: Exception | None = None
@@ -51,22 +51,22 @@ class Item(Generic[E]):
         self.outcome = RetryLater(error) if isinstance(error, (int, float)) else error
 
 
-class Batch(Generic[E]):
+class Batch(Generic[E_co]):
     """The events that an `on_batch` handler receives together: at least one, sorted by key."""
 
     __slots__ = ("items",)
 
-    def __init__(self, items: Sequence[Item[E]]) -> None:
+    def __init__(self, items: Sequence[Item[E_co]]) -> None:
         self.items = items
 
-    def __iter__(self) -> Iterator[Item[E]]:
+    def __iter__(self) -> Iterator[Item[E_co]]:
         return iter(self.items)
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
-    def events(self) -> Sequence[E]:
+    def events(self) -> Sequence[E_co]:
         return [item.event for item in self.items]
 
 

@@ -31,6 +31,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`postgresql://…`, `embedded` (a real PostgreSQL from a wheel), or `memory://` (inbox and outbox without SQL)."""
     redis_url: str | None = None
     """`redis://…`: guards handlers that write to no database (`guard="claims"`)."""
+    redis_prefix: str = "ob:"
+    """What the claims' keys begin with, where several programs share one Redis."""
     grace_s: Annotated[float, Meta(gt=0, le=3600)] = 20.0
     """How long a drain waits for started work, in seconds."""
     max_body_bytes: Annotated[int, Meta(ge=1024, le=16_777_216)] = 1_048_576

@@ -117,7 +117,7 @@ class Engine:
         if redis_url is None and settings.broker_url.startswith("memory:"):
             redis_url = settings.broker_url
         if redis_url is not None:
-            claims = await self._enter(stack, redis_url, open_claims(redis_url))
+            claims = await self._enter(stack, redis_url, open_claims(redis_url, prefix=settings.redis_prefix))
             self._claims = PortalClaims(self._portal, claims) if self._portal and self._crosses(redis_url) else claims
 
     async def _enter(self, stack: AsyncExitStack, url: str, manager: AbstractAsyncContextManager[T]) -> T:

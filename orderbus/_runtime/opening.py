@@ -55,8 +55,8 @@ def open_store(url: str, *, name: str, pool_size: int) -> AbstractAsyncContextMa
     return adapter(url).open_store(url, name=name, pool_size=pool_size)  # type: ignore[no-any-return]
 
 
-def open_claims(url: str) -> AbstractAsyncContextManager[Any]:
-    return adapter(url).open_claims(url)  # type: ignore[no-any-return]
+def open_claims(url: str, *, prefix: str) -> AbstractAsyncContextManager[Any]:
+    return adapter(url).open_claims(url, prefix=prefix)  # type: ignore[no-any-return]
 
 
 @asynccontextmanager

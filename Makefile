@@ -1,0 +1,53 @@
+# Everything a fresh machine needs is made by the targets themselves; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RATE ?= 1500
+SECONDS ?= 20
+KILL ?=
+SEED ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "orderbus needs Python 3.11 or later; set PYTHON=python3.x"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]' --group dev
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.ready ## Make the virtual environment
+
+.PHONY: demo
+demo: setup ## All services in one process, embedded PostgreSQL: RATE=1500 SECONDS=20
+	$(BIN)/python -m services.demo --rate $(RATE) --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+.PHONY: demo-servers
+demo-servers: setup ## A process per service on RabbitMQ, PostgreSQL, Redis: RATE= SECONDS= KILL=payment|random SEED=
+	$(BIN)/python -m services.demo --servers --rate $(RATE) --seconds $(SECONDS) $(if $(KILL),--kill $(KILL)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: test
+test: setup ## All tests, on real servers found or started
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: setup ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: setup ## Format and sort imports
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+
+.PHONY: clean
+clean: ## Remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache

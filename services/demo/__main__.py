@@ -1,0 +1,128 @@
+"""`python -m services.demo`: what `make demo` and `make demo-servers` run.
+
+Exit code 0 when nothing was lost, doubled, a ghost or inconsistent; 1 when something was; a missed speed target is printed as missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import socket
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from rich.console import Console
+
+from services.demo.figures import save, show
+from services.demo.page import write_page
+from services.demo.processes import Child, ChildFailed, wait_until_ready
+from services.demo.run import Plan, Run
+from services.demo.servers import Servers, embedded, make_scarce, real
+from services.shared import database
+
+BUILD = Path("build")
+SERVICES = ("outbox_dispatcher", "payment", "inventory", "aggregator", "notification", "orders_api")
+
+
+def main() -> None:
+    """Run the demo as the command line says."""
+    options = _options()
+    console = Console(stderr=True)
+    folder = BUILD / "demo-logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    servers: AbstractContextManager[Servers] = real() if options.servers else embedded(BUILD / "demo-postgres")
+    console.print(f"servers: {'RabbitMQ, PostgreSQL, Redis' if options.servers else 'in-process broker, embedded PostgreSQL'}")
+    with servers as found:
+        asyncio.run(database.prepare(found.database_url))
+        make_scarce(found.database_url)
+        port = options.port or _free_port()
+        environment = found.environment() | {
+            "ORDERS_API_PORT": str(port),
+            "ORDERS_API_HOST": "127.0.0.1",
+            "PAYMENT_FLAKY": os.environ.get("PAYMENT_FLAKY", "0.005"),
+            "NOTIFY_URL": os.environ.get("NOTIFY_URL", "null:"),
+        }
+        children = _children(options.servers, environment, folder)
+        plan = Plan(
+            mode=found.mode,
+            rate=options.rate,
+            seconds=options.seconds,
+            kill=_chosen(options.kill, options.seed, console),
+            seed=options.seed,
+            url=f"http://127.0.0.1:{port}",
+            database_url=found.database_url,
+            folder=folder,
+        )
+        run = Run(plan, children, found, console)
+        try:
+            for child in children:
+                child.start()
+            wait_until_ready(f"{plan.url}/ready", children)
+            run.load()
+            run.settle()
+            timeline = run.example()
+        except (ChildFailed, TimeoutError) as error:
+            console.print(f"[bold red]the demo failed:[/] {error}", highlight=False)
+            raise SystemExit(1) from None
+        finally:
+            for child in reversed(children):
+                child.stop()
+        figures = run.figures()
+        show(Console(), figures, plan.rate)
+        print(f"\nOne order's timeline:\n{timeline}")
+        save(figures, BUILD / "demo.json")
+        write_page(BUILD / "demo.html", figures, plan.rate, *run.curves(), timeline)
+        console.print(f"figures: {BUILD / 'demo.json'}   curves: {BUILD / 'demo.html'}   logs: {folder}/")
+    sys.exit(0 if figures.consistent else 1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m services.demo", description=__doc__)
+    parser.add_argument("--servers", action="store_true", help="one process per service, on RabbitMQ, PostgreSQL and Redis")
+    parser.add_argument("--rate", type=float, default=1500, help="orders a second asked for (default %(default)s)")
+    parser.add_argument("--seconds", type=int, default=20, help="how long the load runs (default %(default)s)")
+    parser.add_argument("--kill", default="", help=f"kill a service mid-load: random, or one of {', '.join(SERVICES)}")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the load and of the random kill")
+    parser.add_argument("--port", type=int, default=0, help="the API's port (default: a free one)")
+    options = parser.parse_args()
+    if not 1 <= options.rate <= 50_000 or not 2 <= options.seconds <= 3_600:
+        parser.error("--rate is from 1 to 50000 orders a second, --seconds from 2 to 3600")
+    if options.kill and options.kill not in (*SERVICES, "random"):
+        parser.error(f"--kill: there is no service {options.kill!r}; there are {', '.join(SERVICES)}, or random")
+    if options.kill and not options.servers:
+        parser.error("--kill needs a process per service: use `make demo-servers KILL=…`")
+    return options
+
+
+def _chosen(kill: str, seed: int, console: Console) -> str:
+    if kill != "random":
+        return kill
+    chosen = random.Random(seed).choice(SERVICES)
+    console.print(f"the service to be killed, by seed {seed}: [bold]{chosen}[/]")
+    return chosen
+
+
+def _children(apart: bool, environment: dict[str, str], folder: Path) -> list[Child]:
+    if not apart:
+        return [Child("together", ["-m", "services.demo.together"], environment, folder)]
+    found = [
+        Child(name, ["-m", "orderbus", "run", f"services.{name}:bus"], environment, folder) for name in SERVICES if name != "orders_api"
+    ]
+    return [*found, Child("orders_api", ["-m", "services.orders_api"], environment, folder)]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    main()

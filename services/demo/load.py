@@ -1,0 +1,101 @@
+"""The load, as a locust file: orders at a steady rate, each accepted one remembered by its id.
+
+Run by the demo's driver; by hand: `locust -f services/demo/load.py --headless -u 100 -t 20s --host http://127.0.0.1:8000`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import orjson
+from locust import FastHttpUser, constant_throughput, events, task
+
+RATE = float(os.environ.get("DEMO_RATE", "100"))
+USERS = int(os.environ.get("DEMO_USERS", "100"))
+SEED = int(os.environ.get("DEMO_SEED", "1"))
+OUTPUT = os.environ.get("DEMO_LOAD_OUTPUT", "")
+
+CUSTOMERS = 5_000
+ARTICLES = 100
+SCARCE = "article-00001"
+SCARCE_SHARE = 0.01
+EXPENSIVE_SHARE = 0.01
+KEYED_SHARE = 0.1
+REPEATED_SHARE = 0.01
+
+rng = random.Random(SEED)
+accepted: list[str] = []
+times_ms: dict[int, list[float]] = defaultdict(list)
+failures: dict[str, int] = defaultdict(int)
+mismatched: list[str] = []
+
+
+def body() -> bytes:
+    """An order of one to three lines; now and then one that payment declines, or that asks for the scarce article."""
+    lines = [
+        {"sku": f"article-{rng.randint(2, ARTICLES):05d}", "quantity": rng.randint(1, 3), "unit_cents": rng.randint(100, 9_999)}
+        for _ in range(rng.randint(1, 3))
+    ]
+    if rng.random() < SCARCE_SHARE:
+        lines[0]["sku"] = SCARCE
+    if rng.random() < EXPENSIVE_SHARE:
+        lines[0]["unit_cents"] = 1_000_000
+    return orjson.dumps({"customer_id": str(UUID(int=rng.randrange(CUSTOMERS))), "lines": lines})
+
+
+BODIES = [body() for _ in range(5_000)]
+
+
+class Customer(FastHttpUser):
+    """Places orders; a tenth of them under an Idempotency-Key, some of which are sent twice."""
+
+    wait_time = constant_throughput(RATE / USERS)
+    connection_timeout = 5.0
+    network_timeout = 10.0
+
+    @task
+    def place(self) -> None:
+        order = rng.choice(BODIES)
+        if rng.random() >= KEYED_SHARE:
+            self.post(order, {})
+            return
+        key = {"Idempotency-Key": f'"{rng.getrandbits(128):032x}"'}
+        first = self.post(order, key)
+        if first is not None and rng.random() < REPEATED_SHARE / KEYED_SHARE:
+            again = self.post(order, key, repeated=True)
+            if again is not None and again != first:
+                mismatched.append(first)
+
+    def post(self, order: bytes, extra: dict[str, str], *, repeated: bool = False) -> str | None:
+        began = time.perf_counter()
+        headers = {"Content-Type": "application/json", **extra}
+        with self.client.post("/orders", data=order, headers=headers, catch_response=True) as response:  # type: ignore[arg-type]
+            times_ms[int(time.time())].append((time.perf_counter() - began) * 1000)
+            if response.status_code not in (200, 201):
+                failures[f"HTTP {response.status_code}"] += 1
+                response.failure(f"HTTP {response.status_code}")
+                return None
+            order_id: str = orjson.loads(response.content)["order_id"]
+        if not repeated:
+            accepted.append(order_id)
+        return order_id
+
+
+@events.quitting.add_listener  # type: ignore[untyped-decorator]
+def report(environment: Any, **_: Any) -> None:
+    """Hand everything over to the driver, as it was counted."""
+    if OUTPUT:
+        result = {
+            "accepted": accepted,
+            "requests": sum(len(second) for second in times_ms.values()),
+            "failures": failures,
+            "mismatched": mismatched,
+            "times_ms": {str(second): values for second, values in times_ms.items()},
+        }
+        Path(OUTPUT).write_bytes(orjson.dumps(result))

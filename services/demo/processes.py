@@ -1,0 +1,146 @@
+"""The demo's child processes: started, watched, killed when asked, stopped; and the CPU that everything used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+STOP_S = 40.0
+SERVER_NAMES = ("postgres", "beam.smp", "redis-server")
+
+
+class ChildFailed(RuntimeError):
+    """A service ended by itself; the text says which, and the last lines that it wrote."""
+
+
+class Child:
+    """One service as a process. Its output goes to `folder`/NAME.log, its receipts to NAME.out."""
+
+    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+        self.name = name
+        self._arguments = arguments
+        self._environment = {**os.environ, **environment}
+        self.log = folder / f"{name}.log"
+        self.out = folder / f"{name}.out"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log, self.out.open("ab") as out:
+            self._process = subprocess.Popen([sys.executable, *self._arguments], env=self._environment, stdout=out, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL: no goodbye, no flush."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, and time to drain. The exit code."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -signal.SIGKILL
+
+    def check(self) -> None:
+        """Raises ChildFailed when it has ended by itself."""
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise ChildFailed(f"{self.name} ended with code {self._process.returncode}:\n{_tail(self.log)}")
+
+    def wait(self, timeout_s: float) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def receipts(self) -> list[dict[str, object]]:
+        """The drain receipts that it printed, one JSON line each."""
+        found = []
+        for line in self.out.read_bytes().splitlines():
+            try:
+                found.append(msgspec.json.decode(line, type=dict[str, object]))
+            except msgspec.DecodeError:
+                continue  # a line of another kind
+        return found
+
+
+def wait_until_ready(url: str, children: Iterable[Child], timeout_s: float = 60.0) -> None:
+    """Until the readiness probe answers 200. Raises ChildFailed when a child ends first, TimeoutError when it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    waiting = list(children)
+    while True:
+        for child in waiting:
+            child.check()
+        try:
+            with urllib.request.urlopen(url, timeout=2) as response:
+                if response.status == 200:
+                    return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{url} did not answer within {timeout_s:g} s: {error}") from error
+        time.sleep(0.05)
+
+
+class CpuMeter:
+    """The CPU seconds of the demo's processes and of the servers that it uses, from its making on."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._roots = list(pids)
+        self._began: dict[int, float] = {}
+        self._latest: dict[int, float] = {}
+        self.look()
+        self._began = dict(self._latest)
+
+    def add(self, pid: int) -> None:
+        """A process started later counts from its start."""
+        self._roots.append(pid)
+
+    def look(self) -> None:
+        """To be called now and then: a process that ends in between keeps what it had used."""
+        for process in self._processes():
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                continue  # it has just ended
+            self._latest[process.pid] = times.user + times.system
+
+    @property
+    def seconds(self) -> float:
+        return sum(used - self._began.get(pid, 0.0) for pid, used in self._latest.items())
+
+    def _processes(self) -> Iterable[psutil.Process]:
+        for pid in self._roots:
+            try:
+                root = psutil.Process(pid)
+                yield root
+                yield from root.children(recursive=True)
+            except psutil.Error:
+                continue  # it has ended
+        for process in psutil.process_iter(["name"]):
+            if process.info["name"] in SERVER_NAMES:
+                yield process
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,30 @@
+"""All six services in one process: the memory broker needs no server, and PostgreSQL is real."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack
+
+import anyio
+
+from services import aggregator, inventory, notification, orders_api, outbox_dispatcher, payment
+from services.orders_api.serve import serve
+from services.shared.logs import log_to_stderr, print_receipt
+
+BUSES = (outbox_dispatcher.bus, payment.bus, inventory.bus, aggregator.bus, notification.bus, orders_api.bus)
+
+
+async def main() -> None:
+    """Run until SIGTERM or SIGINT. The API stops first, the dispatcher last, so that what was begun flows out."""
+    async with AsyncExitStack() as stack:
+        for bus in BUSES:
+            await stack.enter_async_context(bus)
+        host, port = os.environ.get("ORDERS_API_HOST", "127.0.0.1"), int(os.environ.get("ORDERS_API_PORT", "8000"))
+        await serve(orders_api.bus, host, port)
+    for bus in BUSES:
+        print_receipt(bus)
+
+
+if __name__ == "__main__":
+    log_to_stderr()
+    anyio.run(main, backend_options={"use_uvloop": True})
