@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from orderbus._core.message import HeaderValue, Incoming, Outgoing, Properties, Receipt
+from orderbus._core.message import Incoming, Outgoing, Receipt
 from orderbus._core.topology import Topology
 from orderbus.adapters.memory.queue import MESSAGE_OVERHEAD_BYTES, MemoryQueue, Stored
 from orderbus.adapters.memory.routing import Router
 from orderbus.adapters.memory.shared import SharedByName
 from orderbus.adapters.memory.subscription import MemorySubscription
+from orderbus.adapters.memory.wire import received_properties
 from orderbus.errors import UsageError
 
 __all__ = ["MemoryBroker", "open_broker"]
@@ -27,8 +28,6 @@ __all__ = ["MemoryBroker", "open_broker"]
 logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 1 << 30
-BODY_LIMIT_BYTES = 16 << 20
-"""What RabbitMQ 4 takes at most."""
 _ROUTES_KEPT = 10_000
 
 
@@ -80,7 +79,7 @@ class MemoryBroker:
     async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Receipt]:
         """Publish all; one receipt each, in order. Waits as long as the broker is blocked; a cancelled call may have published.
 
-        Raises UsageError, with nothing published, where one of the exchanges does not exist.
+        A message for an exchange that does not exist is UNROUTABLE.
         """
         await checkpoint_if_cancelled()
         connection = self._connection
@@ -159,7 +158,7 @@ class MemoryBroker:
         self._confirms_to_lose = count
 
     def delete_queue(self, name: str) -> None:
-        """Delete a queue with all that is in it, unsettled or not. Its consumers are cancelled: `receive` raises UnavailableError."""
+        """Delete a queue with all that is in it, unsettled or not; `receive` of its consumers raises UnavailableError."""
         queue = self._queue(name)
         for subscription in queue.consumers:
             self._discard(subscription.end(f"the broker cancelled the consumer of {name!r}: the queue was deleted"))
@@ -221,20 +220,18 @@ class MemoryBroker:
         return queues
 
     def _accept(self, message: Outgoing, queues: tuple[MemoryQueue, ...], now: float) -> Receipt:
-        size_bytes = (len(message.body) + MESSAGE_OVERHEAD_BYTES) * len(queues)
         if self._to_refuse:
             self._to_refuse -= 1
             return Receipt.REFUSED
-        if len(message.body) > BODY_LIMIT_BYTES or _has_nan(message.headers):
+        properties = received_properties(message)
+        if properties is None:
             return Receipt.REFUSED
         if not queues:
             return Receipt.UNROUTABLE
+        size_bytes = (len(message.body) + MESSAGE_OVERHEAD_BYTES) * len(queues)
         if self._size_bytes + size_bytes > self._limit_bytes:
             return Receipt.REFUSED
         self._size_bytes += size_bytes
-        properties = Properties(
-            message.message_id, message.type, message.content_type, message.timestamp_s, dict(message.headers)
-        )
         for queue in queues:
             queue.put(Stored(message.exchange, message.routing_key, message.body, properties), now)
             if queue.ttl_s is not None and queue.next_expiry < self.next_expiry:
@@ -252,10 +249,7 @@ class MemoryBroker:
             return
         key = queue.declared.dead_letter_routing_key
         dead = stored.dead(queue.name, reason, stored.routing_key if key is None else key)
-        try:
-            targets = self._route(exchange, dead.routing_key)
-        except UsageError:
-            targets = ()
+        targets = self._route(exchange, dead.routing_key)
         if not targets:
             queue.held.append((stored, reason))
             return
@@ -296,10 +290,6 @@ class MemoryBroker:
 
     def _find_next_expiry(self) -> None:
         self.next_expiry = min((queue.next_expiry for queue in self._expiring), default=math.inf)
-
-
-def _has_nan(headers: Mapping[str, HeaderValue]) -> bool:
-    return any(isinstance(value, float) and math.isnan(value) for value in headers.values())
 
 
 _brokers = SharedByName("broker", MemoryBroker)

@@ -105,7 +105,7 @@ class MemoryQueue:
         self._ready.append(stored)
 
     def give_back(self, returned: Iterable[Stored]) -> list[Stored]:
-        """Requeue what was delivered and not acked, in this order, ahead of everything new; the ones beyond the delivery limit."""
+        """Requeue what was delivered and not acked, in this order, ahead of everything new; those beyond the delivery limit."""
         limit = self.declared.delivery_limit
         dead = []
         for stored in returned:
@@ -134,7 +134,7 @@ class MemoryQueue:
         return not self.declared.single_active_consumer or self.consumers[0] is consumer
 
     def notify(self) -> None:
-        """Wake one consumer if there is something for it. It wakes the next if it leaves something, so a burst wakes each once."""
+        """Wake one consumer if there is something for it. If it leaves something, it wakes the next: a burst wakes each once."""
         if self._notified is None and (self._returned or self._ready):
             for consumer in self.waiting:
                 if consumer.wants_more() and self.may_take(consumer):
