@@ -21,13 +21,15 @@ from orderbus.adapters.memory.routing import Router
 from orderbus.adapters.memory.shared import SharedByName
 from orderbus.adapters.memory.subscription import MemorySubscription
 from orderbus.adapters.memory.wire import received_properties
-from orderbus.errors import UsageError
+from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["MemoryBroker", "open_broker"]
 
 logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 1 << 30
+MAX_PREFETCH = 65535
+"""What AMQP can say."""
 _ROUTES_KEPT = 10_000
 
 
@@ -100,11 +102,13 @@ class MemoryBroker:
 
     @asynccontextmanager
     async def subscribe(self, queue: str, *, prefetch: int) -> AsyncIterator[MemorySubscription]:
-        """Consume a queue. Raises UsageError where it does not exist or `prefetch` is below 1."""
-        if prefetch < 1:
-            raise UsageError(f"prefetch={prefetch} for queue {queue!r}: at least 1 is needed")
+        """Consume a queue. Raises UnavailableError where it does not exist, and UsageError for a wrong prefetch."""
+        if not 1 <= prefetch <= MAX_PREFETCH:
+            raise UsageError(f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all")
         await checkpoint()
-        source = self._queue(queue)
+        source = self._queues.get(queue)
+        if source is None:
+            raise UnavailableError(f"there is no queue {queue!r} to consume: it was deleted, or never declared")
         self._last_epoch += 1
         subscription = MemorySubscription(self, source, prefetch, self._last_epoch)
         source.consumers.append(subscription)

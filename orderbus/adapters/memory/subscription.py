@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 
 from orderbus._core.message import Incoming, Settlement
 from orderbus.adapters.memory.queue import MemoryQueue, Stored
-from orderbus.errors import InvariantError, UnavailableError
+from orderbus.errors import InvariantError, UnavailableError, UsageError
 
 __all__ = ["MemorySubscription"]
 
@@ -43,7 +43,8 @@ class MemorySubscription:
     async def receive(self) -> Sequence[Incoming]:
         """What is ready, at least one and up to the prefetch. Raises UnavailableError once the subscription has ended.
 
-        A cancelled call has taken nothing. After `pause` it waits until it is cancelled or the subscription ends.
+        A cancelled call has taken nothing. After `pause` it waits until it is cancelled or the subscription ends. Raises
+        UsageError where another task is waiting in it.
         """
         await checkpoint()
         while True:
@@ -119,6 +120,8 @@ class MemorySubscription:
 
     async def _wait(self) -> None:
         """Until somebody wakes us or the next message of the broker expires: waiting consumers are its only clock."""
+        if self._event is not None:
+            raise UsageError(f"two tasks receive from one subscription of {self._queue.name!r}; let one receive and hand on")
         self._event = anyio.Event()
         self._queue.waiting[self] = None
         try:
