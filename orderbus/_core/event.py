@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Mapping
-from types import UnionType
-from typing import Any, ClassVar, Literal, Union, dataclass_transform, get_args, get_origin
+from typing import Any, ClassVar, Literal, dataclass_transform, get_args
 
 import msgspec
 
+from orderbus._core.shape import unbounded_field
 from orderbus.errors import UsageError
 
 TOPIC = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9][a-z0-9_-]*)*")
@@ -42,6 +40,9 @@ class EventMeta(msgspec.StructMeta):
         unrouted: Unrouted = "keep",
         **struct_options: Any,
     ) -> Any:
+        if struct_options.setdefault("frozen", True) is not True:
+            raise UsageError(f"event class {name}: an event is a fact, so it can't be changed; drop frozen=False")
+        struct_options.setdefault("kw_only", True)  # msgspec does not inherit it
         cls = super().__new__(mcls, name, bases, namespace, **struct_options)
         if topic is None:
             if key is not None or version != 1 or unrouted != "keep":
@@ -86,9 +87,12 @@ def event_type(cls: type[Event]) -> EventType:
 
 
 def event_key(event: Event) -> str | None:
-    """The value of an event's key field as text, or None for an event without a key."""
+    """The value of an event's key field as text; None where its class has no key, or the field is None."""
     field = event.__event_type__.key
-    return None if field is None else str(getattr(event, field))
+    if field is None:
+        return None
+    value = getattr(event, field)
+    return None if value is None else str(value)
 
 
 def _check_arguments(name: str, cls: type, declared: EventType) -> None:
@@ -112,47 +116,9 @@ def _check_arguments(name: str, cls: type, declared: EventType) -> None:
 
 
 def _refuse_memory_bombs(cls: type) -> None:
-    """A 16 MiB body of `[]` decoded into Any costs 396 MiB: every field must have a type that bounds its shape."""
-    for field, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if get_origin(hint) is ClassVar or field.startswith("__"):
-            continue
-        bomb = _bomb_in(hint, seen=set())
-        if bomb is not None:
-            raise UsageError(
-                f"event class {cls.__name__}: field {field!r} may hold anything ({bomb}), and so a memory bomb; "
-                f"give it a definite type, such as list[str], dict[str, int], a Struct, or msgspec.Raw for bytes kept as they are"
-            )
-
-
-def _bomb_in(hint: Any, seen: set[Any]) -> str | None:
-    if hint is Any or hint is object:
-        return "Any" if hint is Any else "object"
-    if hint in (dict, list, set, frozenset, tuple, Mapping) or hint in (
-        dict, list, set, frozenset, tuple, typing.Mapping, typing.Sequence,
-    ):  # fmt: skip
-        return f"bare {getattr(hint, '__name__', None) or hint}"
-    if isinstance(hint, typing.TypeVar):
-        return f"unbound type variable {hint}"
-    origin = get_origin(hint)
-    if origin is Literal:
-        return None
-    if origin is typing.Annotated:
-        return _bomb_in(get_args(hint)[0], seen)
-    if origin in (Union, UnionType) or origin is not None:
-        for part in get_args(hint):
-            if part is not Ellipsis and (found := _bomb_in(part, seen)) is not None:
-                return found
-        return None
-    if isinstance(hint, type) and hasattr(hint, "__annotations__") and hint not in seen:
-        seen.add(hint)
-        if issubclass(hint, msgspec.Struct) or _is_record(hint):
-            for name, inner in typing.get_type_hints(hint, include_extras=True).items():
-                if get_origin(inner) is not ClassVar and (found := _bomb_in(inner, seen)) is not None:
-                    return f"{found} in {hint.__name__}.{name}"
-    return None
-
-
-def _is_record(hint: type) -> bool:
-    import dataclasses
-
-    return dataclasses.is_dataclass(hint) or issubclass(hint, dict) or hasattr(hint, "_fields")
+    found = unbounded_field(cls)
+    if found is not None:
+        raise UsageError(
+            f"event class {cls.__name__}: field {found[0]!r} may hold anything ({found[1]}), and so a memory bomb; "
+            f"give it a definite type, such as list[str], dict[str, int], a Struct, or msgspec.Raw for bytes kept as they are"
+        )
