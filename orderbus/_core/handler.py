@@ -75,8 +75,7 @@ class Handler(msgspec.Struct, frozen=True):
     @property
     def place(self) -> str:
         """Its name, file and line, for errors."""
-        code = self.function.__code__
-        return f"handler {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+        return f"handler {place_of(self.function)}"
 
 
 class Periodic(msgspec.Struct, frozen=True):
@@ -88,8 +87,7 @@ class Periodic(msgspec.Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        code = self.function.__code__
-        return f"periodic {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+        return f"periodic {place_of(self.function)}"
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -106,23 +104,25 @@ class Plan(msgspec.Struct, frozen=True):
 def check_options(handler: Handler) -> None:
     """Raises UsageError for options that can't be kept, naming the handler, the option and the fix."""
     options = handler.options
-    function = handler.function
-    if not inspect.iscoroutinefunction(function):
-        raise UsageError(f"{handler.place}: must be an async function; write `async def {function.__name__}(…)`")
-    if options.name is not None and not NAME.fullmatch(options.name):
+    _check_async(handler)
+    if not (isinstance(handler.event, type) and issubclass(handler.event, Event)):
+        raise UsageError(f"{handler.place}: is registered for {handler.event!r}, which is no event class; derive it from Event")
+    if options.name is not None and not (isinstance(options.name, str) and NAME.fullmatch(options.name)):
         raise UsageError(f"{handler.place}: name={options.name!r} must be lower-case letters, digits, '.', '-' or '_'")
     if handler.name == "ordered":
         raise UsageError(f"{handler.place}: the name 'ordered' is taken by the group's ordered queue; choose another name=")
+    if handler.name.endswith(".dlq"):
+        raise UsageError(f"{handler.place}: the name {handler.name!r} ends like a dead letter queue; choose another name=")
     for option, low, high in (("concurrency", 1, 1_000), ("fuse", 1, 10_000)):
         value = getattr(options, option)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        if not _is_whole(value) or not low <= value <= high:
             raise UsageError(f"{handler.place}: {option}={value!r} must be a whole number from {low} to {high}")
-    if options.prefetch is not None and not 1 <= options.prefetch <= MOST_PREFETCH:
+    if options.prefetch is not None and not (_is_whole(options.prefetch) and 1 <= options.prefetch <= MOST_PREFETCH):
         raise UsageError(
             f"{handler.place}: prefetch={options.prefetch!r} must be from 1 to {MOST_PREFETCH}; "
             f"without a bound, a backlog would fill the memory"
         )
-    if not 0 < options.timeout_s <= 1_200:
+    if not isinstance(options.timeout_s, (int, float)) or not 0 < options.timeout_s <= 1_200:
         raise UsageError(f"{handler.place}: timeout={options.timeout_s!r} must be more than 0 and at most 1200 seconds")
     if not isinstance(options.retry, Retry):
         raise UsageError(f"{handler.place}: retry={options.retry!r} must be a Retry, such as Retry.exponential(attempts=5)")
@@ -200,9 +200,9 @@ def check_together(handler: Handler, others: Sequence[Handler]) -> None:
 def resolve_periodic(periodic: Periodic, tx_type: type, resources: Mapping[type, object]) -> Plan:
     """Read the signature of a periodic function: Tx and resources, by type. Raises UsageError naming it and the fix."""
     function = periodic.function
-    if not inspect.iscoroutinefunction(function):
-        raise UsageError(f"{periodic.place}: must be an async function; write `async def {function.__name__}(…)`")
-    if not 0.01 <= periodic.every_s <= 86_400 or not 0 < periodic.timeout_s <= 3_600:
+    _check_async(periodic)
+    times = (periodic.every_s, periodic.timeout_s)
+    if not all(isinstance(time, (int, float)) for time in times) or not (0.01 <= times[0] <= 86_400 and 0 < times[1] <= 3_600):
         raise UsageError(f"{periodic.place}: runs every 0.01 to 86,400 seconds, with a timeout of at most 3,600")
     hints = typing.get_type_hints(function)
     arguments: list[Source | type] = []
@@ -250,6 +250,24 @@ def _emits(handler: Handler | Periodic, hint: Any) -> tuple[type[Event], ...]:
                 f"{handler.place}: returns {_type_name(part)}; a handler returns None, an event, or a sequence of events"
             )
     return tuple(found)
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """The name, file and line of a function, for errors."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", None) or repr(function)
+    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _check_async(owner: Handler | Periodic) -> None:
+    function = owner.function
+    if not (inspect.isfunction(function) or inspect.ismethod(function)) or not inspect.iscoroutinefunction(function):
+        name = getattr(function, "__name__", "handle")
+        raise UsageError(f"{owner.place}: must be an async function; write `async def {name}(…)`")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _type_name(hint: Any) -> str:

@@ -67,6 +67,8 @@ class Bus:
     ) -> None:
         if not GROUP.fullmatch(group):
             raise UsageError(f"Bus({group!r}): a group's name is lower-case letters, digits, '-' and '_', at most 60")
+        if group == "ob":
+            raise UsageError("Bus('ob'): the names of the retry ladder's queues begin with 'ob.'; choose another group")
         if format not in ("json", "msgpack"):
             raise UsageError(f'Bus({group!r}): format={format!r} must be "json" or "msgpack"')
         self.group = group
@@ -182,7 +184,7 @@ class Bus:
         self._check_closed("async with")
         settings = Settings.load(os.environ, self._given)
         plans = self.plans()
-        periodics = [(periodic, resolve_periodic(periodic, Tx, self._resources)) for periodic in self._periodics]
+        periodics = self._periodic_plans()
         async with AsyncExitStack() as stack:
             resources = await stack.enter_async_context(Resources(self._resources))
             self._engine = await stack.enter_async_context(
@@ -289,6 +291,15 @@ class Bus:
                 raise UsageError(f"{handler.place}: its annotations name something that can't be found: {error}") from error
         return found
 
+    def _periodic_plans(self) -> list[tuple[Periodic, Plan]]:
+        found = []
+        for periodic in self._periodics:
+            try:
+                found.append((periodic, resolve_periodic(periodic, Tx, self._resources)))
+            except NameError as error:
+                raise UsageError(f"{periodic.place}: its annotations name something that can't be found: {error}") from error
+        return found
+
     def topology(self) -> Topology:
         """The exchanges, queues and bindings that this group needs."""
         return topology_for(queue_needs(self._handlers))
@@ -320,7 +331,7 @@ class _Anything(dict[type, object]):
 
     def __contains__(self, kind: object) -> bool:
         return super().__contains__(kind) or (
-            isinstance(kind, type) and kind.__module__ != "builtins" and not issubclass(kind, Event)
+            isinstance(kind, type) and kind.__module__ not in ("builtins", "typing") and not issubclass(kind, Event)
         )
 
 

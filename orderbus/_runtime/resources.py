@@ -29,7 +29,10 @@ def resource_of(function: Callable[[], AsyncIterator[Any]]) -> Resource:
     name = getattr(function, "__qualname__", repr(function))
     if not inspect.isasyncgenfunction(function):
         raise UsageError(f"resource {name}: must be an async generator: `async def {name}() -> AsyncIterator[T]: … yield value`")
-    hint = typing.get_type_hints(function).get("return")
+    try:
+        hint = typing.get_type_hints(function).get("return")
+    except (NameError, TypeError) as error:
+        raise UsageError(f"resource {name}: its annotations name something that can't be found: {error}") from error
     arguments = get_args(hint)
     if get_origin(hint) not in (AsyncIterator, AsyncGenerator) or not arguments or not isinstance(arguments[0], type):
         raise UsageError(f"resource {name}: needs the type it provides; write `-> AsyncIterator[T]` with a class T")

@@ -1,0 +1,399 @@
+"""Handlers' signatures and options: every wrong one is a UsageError that names the handler, the parameter and the fix."""
+
+import functools
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from orderbus import Batch, Bus, Delivery, Event, Retry, Tx, UsageError
+from orderbus._core.handler import Plan
+
+
+class Placed(Event, topic="orders.placed", key="order_id"):
+    order_id: int
+
+
+class Paid(Event, topic="payments.paid", key="order_id"):
+    order_id: int
+
+
+class Mailer:
+    pass
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus("payments")
+
+
+def plan_of(bus: Bus) -> Plan:
+    ((_, plan),) = bus.plans()
+    return plan
+
+
+def refused(register: Callable[[], object], *fragments: str) -> None:
+    """Every fragment is in the text: what is wrong, where, and what to write instead."""
+    with pytest.raises(UsageError) as raised:
+        register()
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+def test_a_handler_gets_what_its_types_ask_for(bus: Bus) -> None:
+    @bus.resource
+    async def mailer() -> AsyncIterator[Mailer]:
+        yield Mailer()
+
+    @bus.on(Placed)
+    async def handle(event: Placed, mailer: Mailer, delivery: Delivery, tx: Tx) -> None: ...
+
+    assert plan_of(bus).arguments == ("event", Mailer, "delivery", "tx")
+
+
+def test_the_decorator_leaves_the_function_as_it_is(bus: Bus) -> None:
+    async def handle(event: Placed) -> None: ...
+
+    assert bus.on(Placed)(handle) is handle
+
+
+@pytest.mark.parametrize(
+    ("returns", "emits"),
+    [
+        (None, ()),
+        (Paid, (Paid,)),
+        (Paid | None, (Paid,)),
+        (Paid | Placed | None, (Paid, Placed)),
+        (list[Paid], (Paid,)),
+        (Sequence[Paid | Placed], (Paid, Placed)),
+        (tuple[Paid, ...], (Paid,)),
+        (list[Paid] | None, (Paid,)),
+        (Event, (Event,)),
+        (Sequence[Event], (Event,)),
+    ],
+)
+def test_what_a_handler_says_it_returns_is_known_before_it_runs(bus: Bus, returns: Any, emits: tuple[type, ...]) -> None:
+    async def handle(event: Placed) -> Any: ...
+
+    handle.__annotations__["return"] = returns
+    bus.on(Placed)(handle)
+
+    assert plan_of(bus).emits == emits
+    assert plan_of(bus).needs_tx is bool(emits)
+
+
+@pytest.mark.parametrize("returns", [bool, str, list[int], dict[str, Paid], Any, int | None, Sequence[str]])
+def test_a_handler_that_returns_no_events_is_refused(bus: Bus, returns: Any) -> None:
+    async def handle(event: Placed) -> Any: ...
+
+    handle.__annotations__["return"] = returns
+
+    refused(lambda: bus.on(Placed)(handle), "handle (", "test_handler.py", "a handler returns None, an event, or a sequence")
+
+
+def test_a_function_that_is_not_async_is_refused(bus: Bus) -> None:
+    def handle(event: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed)(handle), "handle (", "must be an async function; write `async def handle(…)`")
+
+
+def test_what_is_no_function_is_refused(bus: Bus) -> None:
+    class Handles:
+        async def __call__(self, event: Placed) -> None: ...
+
+    async def handle(event: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed)(Handles()), "Callable_", "must be an async function")
+    refused(lambda: bus.on(Placed)(functools.partial(handle)), "handle", "must be an async function")
+    refused(lambda: bus.on(Placed)(None), "None", "must be an async function")
+
+
+def test_an_async_generator_is_refused(bus: Bus) -> None:
+    async def handle(event: Placed) -> AsyncIterator[Paid]:
+        yield Paid(order_id=1)
+
+    refused(lambda: bus.on(Placed)(handle), "must be an async function")
+
+
+def test_a_method_can_be_a_handler(bus: Bus) -> None:
+    class Service:
+        async def handle(self, event: Placed, tx: Tx) -> None: ...
+
+    bus.on(Placed)(Service().handle)
+
+    assert plan_of(bus).arguments == ("event", "tx")
+
+
+def test_a_handler_without_parameters_is_refused(bus: Bus) -> None:
+    async def handle() -> None: ...
+
+    refused(lambda: bus.on(Placed)(handle), "handle (", "its first must be the event, `event: Placed`")
+
+
+def test_another_event_than_the_registered_one_is_refused(bus: Bus) -> None:
+    async def handle(order: Paid) -> None: ...
+
+    refused(
+        lambda: bus.on(Placed)(handle),
+        "first parameter 'order' is Paid",
+        "registered for Placed",
+        "write `order: Placed`",
+    )
+
+
+def test_a_first_parameter_that_is_not_the_event_is_refused(bus: Bus) -> None:
+    async def handle(tx: Tx, order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed)(handle), "first parameter 'tx' is Tx", "write `tx: Placed`")
+
+
+def test_a_parameter_without_a_type_is_refused(bus: Bus) -> None:
+    async def handle(order: Placed, tx) -> None: ...
+
+    refused(lambda: bus.on(Placed)(handle), "handle (", "parameter 'tx' has no type")
+
+
+@pytest.mark.parametrize("kind", ["*args", "**options", "keyword only"])
+def test_parameters_that_can_not_be_injected_are_refused(bus: Bus, kind: str) -> None:
+    async def positional(order: Placed, *rest: Tx) -> None: ...
+    async def keywords(order: Placed, **rest: Tx) -> None: ...
+    async def keyword_only(order: Placed, *, rest: Tx) -> None: ...
+
+    handle: Any = {"*args": positional, "**options": keywords, "keyword only": keyword_only}[kind]
+
+    refused(lambda: bus.on(Placed)(handle), "rest: ", "can't be injected; use plain parameters")
+
+
+@pytest.mark.parametrize("kind", [int, str, dict, list[int], Placed, Any])
+def test_a_type_that_nobody_can_provide_is_refused_at_definition(bus: Bus, kind: Any) -> None:
+    async def handle(order: Placed, limit: Any) -> None: ...
+
+    handle.__annotations__["limit"] = kind
+
+    refused(lambda: bus.on(Placed)(handle), "handle (", "parameter 'limit' is", "nobody provides", "@bus.resource")
+
+
+def test_a_resource_that_nobody_provided_is_refused_at_start(bus: Bus) -> None:
+    @bus.on(Placed)
+    async def handle(order: Placed, mailer: Mailer) -> None: ...
+
+    refused(bus.plans, "handle (", "parameter 'mailer' is Mailer", "use one of Tx, Delivery")
+
+
+def test_an_annotation_that_can_not_be_found_is_refused_at_start(bus: Bus) -> None:
+    async def handle(order: Placed, mailer: "Nowhere") -> None: ...  # noqa: F821
+
+    bus.on(Placed)(handle)
+
+    refused(bus.plans, "handle (", "name something that can't be found", "Nowhere")
+
+
+def test_an_annotation_may_name_what_is_defined_later(bus: Bus) -> None:
+    async def handle(order: Placed, mailer: "LateMailer") -> None: ...
+
+    bus.on(Placed)(handle)
+
+    @bus.resource
+    async def late() -> AsyncIterator[LateMailer]:
+        yield LateMailer()
+
+    assert plan_of(bus).arguments == ("event", LateMailer)
+
+
+class LateMailer:
+    pass
+
+
+def test_what_is_no_event_is_refused_with_the_handler_named(bus: Bus) -> None:
+    async def handle(order: int) -> None: ...
+
+    refused(lambda: bus.on(int)(handle), "handle (", "no event class; derive it from Event")
+
+
+def test_an_event_without_a_topic_can_not_be_handled(bus: Bus) -> None:
+    class Base(Event):
+        order_id: int
+
+    async def handle(order: Base) -> None: ...
+
+    refused(lambda: bus.on(Base)(handle), "Base has no topic", 'write class Base(Event, topic="…")')
+
+
+@pytest.mark.parametrize("option", ["concurrency", "fuse", "prefetch"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, 10**6])
+def test_counts_that_are_zero_unbounded_or_no_numbers_are_refused(bus: Bus, option: str, value: Any) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed, **{option: value})(handle), "handle (", f"{option}={value!r} must be")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 1201, float("nan"), float("inf"), "5", None])
+def test_a_timeout_that_is_no_time_is_refused(bus: Bus, timeout: Any) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed, timeout=timeout)(handle), "handle (", f"timeout={timeout!r} must be more than 0")
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "with space", "ü", "a" * 101, ".dot", 5])
+def test_a_name_that_no_queue_could_have_is_refused(bus: Bus, name: Any) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed, name=name)(handle), "handle (", f"name={name!r} must be lower-case")
+
+
+def test_names_that_orderbus_needs_itself_are_refused(bus: Bus) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed, name="ordered")(handle), "the name 'ordered' is taken")
+    refused(lambda: bus.on(Placed, name="x.dlq")(handle), "ends like a dead letter queue")
+    refused(lambda: Bus("ob"), "choose another group")
+
+
+@pytest.mark.parametrize("group", ["", "Upper", "a.b", "a b", "1a", "a" * 61])
+def test_a_group_that_no_queue_could_have_is_refused(group: str) -> None:
+    refused(lambda: Bus(group), f"Bus({group!r})", "lower-case letters")
+
+
+def test_a_policy_that_is_none_is_refused(bus: Bus) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed, retry=5)(handle), "handle (", "retry=5 must be a Retry")
+
+
+def test_an_unknown_guard_is_refused(bus: Bus) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed, guard="redis")(handle), "handle (", "guard='redis' must be")
+
+
+def test_claims_can_not_guard_what_needs_a_transaction(bus: Bus) -> None:
+    async def writes(order: Placed, tx: Tx) -> None: ...
+    async def returns(order: Placed) -> Paid | None: ...
+
+    for handle in (writes, returns):
+        refused(lambda handle=handle: bus.on(Placed, guard="claims")(handle), "handlers that write to no database; drop Tx")
+
+
+def test_ordered_retries_that_take_too_long_together_are_refused(bus: Bus) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    policy = Retry.fixed(300, attempts=5)
+
+    refused(lambda: bus.on(Placed, ordered=True, retry=policy)(handle), "handle (", "must stay below 900 s", "waits 1200 s")
+
+
+def test_two_handlers_for_one_event_need_names(bus: Bus) -> None:
+    async def first(order: Placed) -> None: ...
+    async def second(order: Placed) -> None: ...
+
+    bus.on(Placed)(first)
+
+    refused(lambda: bus.on(Placed)(second), "second (", "first (", "already called 'orders.placed'", "name='second'")
+    bus.on(Placed, name="second")(second)
+    assert [handler.queue for handler in bus.handlers] == ["payments.orders.placed", "payments.second"]
+
+
+def test_two_ordered_handlers_for_one_event_are_refused_even_with_names(bus: Bus) -> None:
+    async def first(order: Placed) -> None: ...
+    async def second(order: Placed) -> None: ...
+
+    bus.on(Placed, ordered=True)(first)
+
+    refused(lambda: bus.on(Placed, ordered=True, name="second")(second), "second (", "one ordered handler for a topic")
+
+
+def test_one_name_for_two_events_is_refused(bus: Bus) -> None:
+    async def first(order: Placed) -> None: ...
+    async def second(order: Paid) -> None: ...
+
+    bus.on(Placed, name="same")(first)
+
+    refused(lambda: bus.on(Paid, name="same")(second), "already called 'same'")
+
+
+def test_a_batch_handler_takes_a_batch(bus: Bus) -> None:
+    async def single(order: Placed) -> None: ...
+    async def other(orders: Batch[Paid]) -> None: ...
+    async def good(orders: Batch[Placed], tx: Tx) -> None: ...
+
+    refused(lambda: bus.on_batch(Placed)(single), "single (", "registered for Batch[Placed]", "`order: Batch[Placed]`")
+    refused(lambda: bus.on_batch(Placed)(other), "other (", "`orders: Batch[Placed]`")
+    refused(lambda: bus.on(Placed)(good), "good (", "`orders: Placed`")
+    bus.on_batch(Placed)(good)
+    assert plan_of(bus).arguments == ("batch", "tx")
+
+
+def test_a_batch_handler_has_no_single_delivery(bus: Bus) -> None:
+    async def handle(orders: Batch[Placed], delivery: Delivery) -> None: ...
+
+    refused(lambda: bus.on_batch(Placed)(handle), "handle (", "parameter 'delivery'", "use item.delivery")
+
+
+@pytest.mark.parametrize("most", [0, 10_001])
+def test_a_batch_has_bounds(bus: Bus, most: int) -> None:
+    async def handle(orders: Batch[Placed]) -> None: ...
+
+    refused(lambda: bus.on_batch(Placed, most=most)(handle), "handle (", f"={most} must be a whole number from 1 to 10000")
+
+
+def test_a_resource_is_an_async_generator_with_a_type(bus: Bus) -> None:
+    async def coroutine() -> Mailer:
+        return Mailer()
+
+    def generator() -> Any:
+        yield Mailer()
+
+    async def untyped():
+        yield Mailer()
+
+    async def wrong_type() -> Mailer:
+        yield Mailer()
+
+    async def no_class() -> AsyncIterator[int | str]:
+        yield 1
+
+    async def lost() -> AsyncIterator["Nowhere"]:  # noqa: F821
+        yield 1
+
+    async def parameters(url: str) -> AsyncIterator[Mailer]:
+        yield Mailer()
+
+    for function in (coroutine, generator, None, Mailer):
+        refused(lambda function=function: bus.resource(function), "resource ", "must be an async generator")
+    for function in (untyped, wrong_type, no_class):
+        refused(lambda function=function: bus.resource(function), "needs the type it provides; write `-> AsyncIterator[T]`")
+    refused(lambda: bus.resource(lost), "lost", "can't be found", "Nowhere")
+    refused(lambda: bus.resource(parameters), "parameters", "takes no parameters")
+
+
+def test_two_resources_of_one_type_are_refused(bus: Bus) -> None:
+    async def first() -> AsyncIterator[Mailer]:
+        yield Mailer()
+
+    bus.resource(first)
+
+    refused(lambda: bus.resource(first), "has a resource of type Mailer already")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86_401, float("nan"), "1"])
+def test_periodic_work_needs_an_interval(bus: Bus, seconds: Any) -> None:
+    async def tidy() -> None: ...
+
+    refused(lambda: bus.every(seconds)(tidy), "periodic ", "tidy (", "every 0.01 to 86,400 seconds")
+
+
+def test_periodic_work_has_a_signature_like_a_handler(bus: Bus) -> None:
+    async def delivered(delivery: Delivery) -> None: ...
+    async def untyped(tx) -> None: ...
+    async def unknown(limit: int) -> None: ...
+    async def returns() -> int:
+        return 1
+
+    def plain() -> None: ...
+
+    refused(lambda: bus.every(1)(delivered), "delivered (", "nothing is delivered here")
+    refused(lambda: bus.every(1)(untyped), "untyped (", "parameter 'tx' has no type")
+    refused(lambda: bus.every(1)(unknown), "unknown (", "parameter 'limit' is int", "nobody provides")
+    refused(lambda: bus.every(1)(returns), "returns (", "a handler returns None, an event")
+    refused(lambda: bus.every(1)(plain), "plain (", "must be an async function")
+    refused(lambda: bus.every(1)(functools.partial(plain)), "plain", "must be an async function")
