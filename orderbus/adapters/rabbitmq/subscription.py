@@ -12,12 +12,12 @@ from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelClosed
 
 from orderbus._core.message import Incoming, Settlement
+from orderbus._core.parked import is_dead_letter_queue
 from orderbus.adapters.rabbitmq.connection import CALL_S, CLOSE_S, Connection, describe
 from orderbus.adapters.rabbitmq.content import DeliverySink
 from orderbus.adapters.rabbitmq.fields import decode_properties
 from orderbus.adapters.rabbitmq.settlements import Settlements
 from orderbus.errors import MessageError, UnavailableError, UsageError
-
 
 log = logging.getLogger("orderbus.rabbitmq")
 
@@ -36,7 +36,8 @@ class Subscription:
         self._prefetch = prefetch
         self._keeps_order = keeps_order
         self._epochs = epochs
-        self._is_probing = prefetch > 1
+        self._is_probing = prefetch > 1 and not is_dead_letter_queue(queue)
+        """No handler reads dead letters, and whoever looks at them holds them: after the first look none is fresh."""
         self._is_paused = False
         self._held = 0
         """Deliveries of this life that were handed over and are not settled."""
