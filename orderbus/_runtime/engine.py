@@ -97,7 +97,11 @@ class Engine:
             await self.drain()
         finally:
             self._tasks.cancel_scope.cancel()
-            await self._stack.__aexit__(kind, error, trace)
+            if isinstance(error, Exception):
+                # The caller's own error goes on as it is: given to the task group, it would come out wrapped in a group.
+                await self._stack.__aexit__(None, None, None)
+            else:
+                await self._stack.__aexit__(kind, error, trace)
 
     async def _open_adapters(self, stack: AsyncExitStack) -> None:
         settings = self._settings

@@ -112,7 +112,9 @@ def _children(apart: bool, environment: dict[str, str], folder: Path) -> list[Ch
     if not apart:
         return [Child("together", ["-m", "services.demo.together"], environment, folder)]
     found = [
-        Child(name, ["-m", "orderbus", "run", f"services.{name}:bus"], environment, folder) for name in SERVICES if name != "orders_api"
+        Child(name, ["-m", "orderbus", "run", f"services.{name}:bus"], environment, folder)
+        for name in SERVICES
+        if name != "orders_api"
     ]
     return [*found, Child("orders_api", ["-m", "services.orders_api"], environment, folder)]
 

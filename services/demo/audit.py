@@ -126,6 +126,6 @@ def _total(connection: psycopg.Connection[Any], queries: dict[str, str]) -> int:
 
 
 def _row(connection: psycopg.Connection[Any], query: str) -> tuple[Any, ...]:
-    row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+    row = connection.execute(query).fetchone()
     assert row is not None
     return tuple(row)

@@ -51,7 +51,9 @@ def lines(figures: Figures, rate: float) -> list[_Line]:
     goal = min(rate * 0.95, 2000)
     return [
         _Line("orders accepted", f"{f.orders_accepted} ({f.accepted_per_s:.0f}/s)", f">= {goal:.0f}/s", f.accepted_per_s >= goal),
-        _Line("orders completed", f"{f.orders_completed} ({f.completed_per_s:.0f}/s)", f">= {goal:.0f}/s", f.completed_per_s >= goal),
+        _Line(
+            "orders completed", f"{f.orders_completed} ({f.completed_per_s:.0f}/s)", f">= {goal:.0f}/s", f.completed_per_s >= goal
+        ),
         _Line("API p50", f"{f.api_p50_ms:.1f} ms"),
         _Line("API p99", f"{f.api_p99_ms:.1f} ms", "<= 200 ms", f.api_p99_ms <= 200),
         _Line("end to end p50", f"{f.e2e_p50_ms:.0f} ms"),
@@ -74,7 +76,9 @@ def show(console: Console, figures: Figures, rate: float) -> None:
     for column, side in (("figure", "left"), ("measured", "right"), ("target", "right"), ("", "left")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for line in lines(figures, rate):
-        verdict = {None: "", True: "[green]reached[/]", False: "[bold red]VIOLATED[/]" if line.must else "[yellow]missed[/]"}[line.reached]
+        verdict = {None: "", True: "[green]reached[/]", False: "[bold red]VIOLATED[/]" if line.must else "[yellow]missed[/]"}[
+            line.reached
+        ]
         table.add_row(line.label, line.value, line.target, verdict)
     console.print(table)
 

@@ -19,13 +19,18 @@ svg text{font-size:11px;fill:#59636e}pre{background:#f6f8fa;padding:.8rem;overfl
 
 
 def write_page(
-    path: Path, figures: Figures, rate: float, seconds: Sequence[int], series: Mapping[str, Mapping[str, Sequence[float | None]]], timeline: str
+    path: Path,
+    figures: Figures,
+    rate: float,
+    seconds: Sequence[int],
+    series: Mapping[str, Mapping[str, Sequence[float | None]]],
+    timeline: str,
 ) -> None:
     """One chart for each entry of `series`: its title, then name → a value for each of `seconds` (None where there is none)."""
     rows = "".join(
-        f'<tr><td>{html.escape(line.label)}</td><td>{html.escape(line.value)}</td><td>{html.escape(line.target)}</td>'
+        f"<tr><td>{html.escape(line.label)}</td><td>{html.escape(line.value)}</td><td>{html.escape(line.target)}</td>"
         f'<td class="{"" if line.reached is None else "reached" if line.reached else "missed"}">'
-        f'{"" if line.reached is None else "reached" if line.reached else "missed"}</td></tr>'
+        f"{'' if line.reached is None else 'reached' if line.reached else 'missed'}</td></tr>"
         for line in lines(figures, rate)
     )
     charts = "".join(f"<h2>{html.escape(title)}</h2>{_chart(seconds, curves)}" for title, curves in series.items())
@@ -53,7 +58,9 @@ def _chart(seconds: Sequence[int], curves: Mapping[str, Sequence[float | None]])
         parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1d9e0"/>')
         parts.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{top * share:.0f}</text>')
     for n in range(0, len(seconds), max(len(seconds) // 10, 1)):
-        parts.append(f'<text x="{at(n, 0).split(",")[0]}" y="{HEIGHT - 6}" text-anchor="middle">{seconds[n] - seconds[0]} s</text>')
+        parts.append(
+            f'<text x="{at(n, 0).split(",")[0]}" y="{HEIGHT - 6}" text-anchor="middle">{seconds[n] - seconds[0]} s</text>'
+        )
     for number, (name, values) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join(at(n, value) for n, value in enumerate(values) if value is not None)

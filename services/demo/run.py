@@ -67,8 +67,22 @@ class Run:
         plan = self._plan
         output = plan.folder / "load.json"
         users = int(min(max(plan.rate / 10, 1), MOST_USERS))
-        environment = {"DEMO_RATE": str(plan.rate), "DEMO_USERS": str(users), "DEMO_SEED": str(plan.seed), "DEMO_LOAD_OUTPUT": str(output)}
-        arguments = ["-m", "locust", "-f", str(Path(__file__).with_name("load.py")), "--headless", "--only-summary", "--host", plan.url]
+        environment = {
+            "DEMO_RATE": str(plan.rate),
+            "DEMO_USERS": str(users),
+            "DEMO_SEED": str(plan.seed),
+            "DEMO_LOAD_OUTPUT": str(output),
+        }
+        arguments = [
+            "-m",
+            "locust",
+            "-f",
+            str(Path(__file__).with_name("load.py")),
+            "--headless",
+            "--only-summary",
+            "--host",
+            plan.url,
+        ]
         arguments += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{plan.seconds}s", "--stop-timeout", "10"]
         arguments += ["--exit-code-on-error", "0", "--loglevel", "WARNING"]
         locust = Child("load", arguments, environment, plan.folder)
@@ -106,7 +120,9 @@ class Run:
                         child.check()
                 meter.look()
                 placed, finished = self._counts()
-                progress.update(bar, completed=min(now - began, plan.seconds), description=f"{placed} placed, {finished} finished")
+                progress.update(
+                    bar, completed=min(now - began, plan.seconds), description=f"{placed} placed, {finished} finished"
+                )
                 time.sleep(0.5)
         if victim is not None and restart_at:
             victim.start()
@@ -222,5 +238,3 @@ def _percentile(values: Sequence[float], share: float) -> float:
     if len(values) < 100:
         return sorted(values)[min(int(share * len(values)), len(values) - 1)]
     return statistics.quantiles(values, n=100, method="inclusive")[int(share * 100) - 1]
-
-

@@ -9,9 +9,9 @@ create table if not exists orders (
     status text not null default 'pending' check (status in ('pending', 'confirmed', 'cancelled')),
     reason text,
     placed_at timestamptz not null default clock_timestamp(),
-    payment text,
+    payment text check (payment in ('authorized', 'declined')),
     payment_at timestamptz,
-    stock text,
+    stock text check (stock in ('reserved', 'rejected')),
     stock_at timestamptz,
     finished_at timestamptz
 ) with (fillfactor = 60);
@@ -27,13 +27,17 @@ create table if not exists idempotency_key (
     created_at timestamptz not null default now()
 );
 
--- One row an order. `times` counts how often its effect was applied: anything but 1 is a doubled effect, and stays visible.
+-- `payment` and `reservation` have one row an order. `times` counts how often its OrderPlaced was applied, `reversals`
+-- how often its OrderCancelled was: more than 1 is a doubled effect, and stays visible. A cancellation that comes first
+-- leaves a tombstone: 'void', for which nothing is charged and nothing reserved any more.
+
 create table if not exists payment (
     order_id uuid primary key,
     state text not null check (state in ('authorized', 'declined', 'refunded', 'void')),
     amount_cents bigint not null default 0,
     reason text,
     times integer not null default 1,
+    reversals integer not null default 0,
     decided_at timestamptz not null default clock_timestamp()
 ) with (fillfactor = 80);
 
@@ -46,8 +50,10 @@ create table if not exists stock (
 create table if not exists reservation (
     order_id uuid primary key,
     state text not null check (state in ('held', 'rejected', 'released', 'void')),
-    lines jsonb not null default '[]',
+    pieces jsonb not null default '{}',
+    sku text,
     reason text,
     times integer not null default 1,
+    reversals integer not null default 0,
     decided_at timestamptz not null default clock_timestamp()
 ) with (fillfactor = 80);

@@ -1,0 +1,143 @@
+"""Aggregator: puts the answers of payment and inventory together, and finishes each order once.
+
+An order is confirmed when both said yes and cancelled as soon as one says no, or when an answer stays away too long.
+A cancellation is an event like any other: payment refunds and inventory releases on it, whichever comes first, so the
+aggregator has nothing to compensate itself. Answers for a finished order change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, TypeVar
+from uuid import UUID
+
+import msgspec
+
+from orderbus import Batch, Bus, Tx
+from services.shared.events import (
+    OrderCancelled,
+    OrderConfirmed,
+    PaymentAuthorized,
+    PaymentDeclined,
+    StockRejected,
+    StockReserved,
+)
+from services.shared.settings import from_environment
+
+bus = Bus("aggregator")
+
+Answer = TypeVar("Answer", PaymentAuthorized, PaymentDeclined, StockReserved, StockRejected)
+Finished = list[OrderConfirmed | OrderCancelled]
+
+
+class Deadline(msgspec.Struct, frozen=True):
+    """ORDER_DEADLINE_S: how long an order may wait for its answers, in seconds."""
+
+    deadline_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 60.0
+
+
+@bus.resource
+async def deadline() -> AsyncIterator[Deadline]:
+    yield from_environment(Deadline, "ORDER_")
+
+
+@bus.on_batch(PaymentAuthorized, most=200)
+async def payment_authorized(batch: Batch[PaymentAuthorized], tx: Tx) -> Finished:
+    return await _apply(batch, tx, lambda answer: Said(payment="authorized"))
+
+
+@bus.on_batch(PaymentDeclined, most=200)
+async def payment_declined(batch: Batch[PaymentDeclined], tx: Tx) -> Finished:
+    return await _apply(batch, tx, lambda answer: Said(payment="declined", reason=answer.reason))
+
+
+@bus.on_batch(StockReserved, most=200)
+async def stock_reserved(batch: Batch[StockReserved], tx: Tx) -> Finished:
+    return await _apply(batch, tx, lambda answer: Said(stock="reserved"))
+
+
+@bus.on_batch(StockRejected, most=200)
+async def stock_rejected(batch: Batch[StockRejected], tx: Tx) -> Finished:
+    return await _apply(batch, tx, lambda answer: Said(stock="rejected", reason=answer.reason))
+
+
+@bus.every(1.0)
+async def cancel_overdue(tx: Tx, deadline: Deadline) -> list[OrderCancelled]:
+    """Cancel orders whose answers stay away."""
+    overdue = await tx.fetch_all(_CANCEL_OVERDUE, (deadline.deadline_s,))
+    return [OrderCancelled(order_id=order_id, customer_id=customer, reason="deadline") for order_id, customer in overdue]
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What is known of an order's two answers."""
+
+    payment: str | None = None
+    stock: str | None = None
+    reason: str | None = None
+
+
+def outcome(said: Said) -> str:
+    """The status of an order of which this is known.
+
+    >>> outcome(Said(payment="authorized")), outcome(Said(stock="rejected"))
+    ('pending', 'cancelled')
+    """
+    if said.payment == "declined" or said.stock == "rejected":
+        return "cancelled"
+    return "confirmed" if said.payment and said.stock else "pending"
+
+
+async def _apply(batch: Batch[Answer], tx: Tx, meaning: Callable[[Answer], Said]) -> Finished:
+    """Lock the orders, write down what was said, and finish those that are decided.
+
+    The lock makes the later of two answers see the earlier one, and lets an order finish once.
+    """
+    answers = {answer.order_id: meaning(answer) for answer in batch.events}
+    orders = {row[0]: row for row in await tx.fetch_all(_LOCK, (list(answers),))}
+    for item in batch:
+        if item.event.order_id not in orders:
+            item.park("unknown-order")
+    finished: Finished = []
+    written: list[tuple[UUID, str, str | None, str | None, str | None]] = []
+    for order_id, customer_id, total_cents, status, payment, stock in orders.values():
+        if status != "pending":
+            continue
+        said = answers[order_id]
+        said = Said(payment=payment or said.payment, stock=stock or said.stock, reason=said.reason)  # the first word stands
+        status = outcome(said)
+        written.append((order_id, status, said.payment, said.stock, said.reason))
+        if status == "confirmed":
+            finished.append(OrderConfirmed(order_id=order_id, customer_id=customer_id, total_cents=total_cents))
+        elif status == "cancelled":
+            finished.append(OrderCancelled(order_id=order_id, customer_id=customer_id, reason=said.reason or "unknown"))
+    if written:
+        await tx.execute(_WRITE, tuple(zip(*written, strict=True)))
+    return finished
+
+
+# In the order of their keys, so that two batches with the same orders wait for each other instead of deadlocking.
+_LOCK = """\
+select order_id, customer_id, total_cents, status, payment, stock
+from orders where order_id = any(%s::uuid[]) order by order_id for update"""
+
+_WRITE = """\
+update orders set
+    status = said.status,
+    reason = said.reason,
+    payment = said.payment,
+    payment_at = case when said.payment is not null then coalesce(orders.payment_at, clock_timestamp()) end,
+    stock = said.stock,
+    stock_at = case when said.stock is not null then coalesce(orders.stock_at, clock_timestamp()) end,
+    finished_at = case when said.status <> 'pending' then clock_timestamp() end
+from unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[])
+    as said (order_id, status, payment, stock, reason)
+where orders.order_id = said.order_id"""
+
+# Every process of the group runs it: each takes rows that no other has.
+_CANCEL_OVERDUE = """\
+update orders set status = 'cancelled', reason = 'deadline', finished_at = clock_timestamp()
+where order_id in (
+    select order_id from orders
+    where status = 'pending' and placed_at < now() - make_interval(secs => %s)
+    order by placed_at limit 500 for update skip locked)
+returning order_id, customer_id"""

@@ -1,0 +1,23 @@
+"""`python -m services.orders_api`: ORDERS_API_HOST and ORDERS_API_PORT say where, 127.0.0.1:8000 unless set."""
+
+from __future__ import annotations
+
+import os
+
+import anyio
+
+from services.orders_api.serve import serve
+from services.orders_api.service import bus
+from services.shared.logs import log_to_stderr, print_receipt
+
+
+async def main() -> None:
+    """Open the bus, serve, drain."""
+    async with bus:
+        await serve(bus, os.environ.get("ORDERS_API_HOST", "127.0.0.1"), int(os.environ.get("ORDERS_API_PORT", "8000")))
+    print_receipt(bus)
+
+
+if __name__ == "__main__":
+    log_to_stderr()
+    anyio.run(main, backend_options={"use_uvloop": True})
