@@ -14,6 +14,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus import Batch, Bus, Tx
+from services.shared.columns import columns
 from services.shared.events import (
     OrderCancelled,
     OrderConfirmed,
@@ -111,7 +112,7 @@ async def _apply(batch: Batch[Answer], tx: Tx, meaning: Callable[[Answer], Said]
         elif status == "cancelled":
             finished.append(OrderCancelled(order_id=order_id, customer_id=customer_id, reason=said.reason or "unknown"))
     if written:
-        await tx.execute(_WRITE, tuple(zip(*written, strict=True)))
+        await tx.execute(_WRITE, columns(written))
     return finished
 
 

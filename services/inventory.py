@@ -12,6 +12,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus import Batch, Bus, Tx
+from services.shared.columns import columns
 from services.shared.events import OrderCancelled, OrderPlaced, StockRejected, StockReserved
 
 bus = Bus("inventory")
@@ -46,7 +47,7 @@ async def reserve(batch: Batch[OrderPlaced], tx: Tx) -> list[StockReserved | Sto
     if taken:
         await tx.execute(_MOVE, (list(taken), [-pieces for pieces in taken.values()]))
     if rejected:
-        await tx.execute(_REJECT, tuple(zip(*((no.order_id, no.sku, no.reason) for no in rejected), strict=True)))
+        await tx.execute(_REJECT, columns((no.order_id, no.sku, no.reason) for no in rejected))
     return answers + rejected
 
 

@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus import Batch, Bus, Retry, Tx
+from services.shared.columns import columns
 from services.shared.events import OrderCancelled, OrderPlaced, PaymentAuthorized, PaymentDeclined
 from services.shared.settings import from_environment
 
@@ -66,7 +67,7 @@ async def authorize(batch: Batch[OrderPlaced], tx: Tx, rules: Rules) -> list[Pay
     if not rows:
         return []
     answers: list[PaymentAuthorized | PaymentDeclined] = []
-    for order_id, state, amount_cents, reason in await tx.fetch_all(_DECIDE, list(zip(*rows, strict=True))):
+    for order_id, state, amount_cents, reason in await tx.fetch_all(_DECIDE, columns(rows)):
         if state == "authorized":
             answers.append(PaymentAuthorized(order_id=order_id, amount_cents=amount_cents))
         elif state == "declined":
