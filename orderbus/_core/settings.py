@@ -1,10 +1,11 @@
-"""Settings: one frozen Struct, read from the environment under one prefix, checked all at once."""
+"""Settings: one frozen record, read from the environment under one prefix, checked all at once."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -19,10 +20,12 @@ DATABASE_SCHEMES = ("postgresql", "postgres", "embedded", "memory")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
     """Everything a bus can be told from outside. Each field is `ORDERBUS_` + its name in upper case in the environment.
 
-    What is given in code wins over the environment. URLs hold secrets: printing a Settings masks them.
+    What is given in code wins over the environment, also where it is the default: `Settings(relay=True)` relays under
+    ORDERBUS_RELAY=false. URLs hold secrets: printing a Settings masks them.
     """
 
     broker_url: str | None = None
@@ -48,27 +51,34 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     relay_lease_s: Annotated[float, Meta(ge=1, le=300)] = 10.0
     """How long a relay owns its buckets without renewing, in seconds."""
 
+    def __new__(cls, **given: object) -> Settings:
+        """Remembers which fields were given: no value could tell a given default from one left out (a Struct can't define this)."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", frozenset(given))
+        return self
+
     @classmethod
     def load(cls, environment: Mapping[str, str], given: Settings | None = None) -> Settings:
         """Read and check. Raises SettingsError that lists every mistake: unknown names (with the likely one), wrong values."""
         mistakes: list[str] = []
+        names = tuple(field.name for field in fields(cls))
         values: dict[str, Any] = {}
         for name, text in environment.items():
             if not name.startswith(PREFIX) or name.startswith(f"{PREFIX}TEST_"):
                 continue
             field = name[len(PREFIX) :].lower()
-            if field not in cls.__struct_fields__:
-                mistakes.append(f"{name}: there is no such setting{_did_you_mean(field, cls.__struct_fields__)}")
+            if field not in names:
+                mistakes.append(f"{name}: there is no such setting{_did_you_mean(field, names)}")
             elif text.strip():
                 values[field] = text.strip()
-        values |= {} if given is None else _differing(given)
-        checked = {}
-        for info in msgspec.structs.fields(cls):
-            if info.name in values:
-                try:
-                    checked[info.name] = msgspec.convert(values[info.name], info.type, strict=False)
-                except msgspec.ValidationError as error:
-                    mistakes.append(f"{PREFIX}{info.name.upper()}={_shown(info.name, values[info.name])}: {error}")
+        values |= {} if given is None else {name: getattr(given, name) for name in given.__dict__["_given"]}
+        types = get_type_hints(cls, include_extras=True)
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                checked[name] = msgspec.convert(value, types[name], strict=False)
+            except msgspec.ValidationError as error:
+                mistakes.append(f"{PREFIX}{name.upper()}={_shown(name, value)}: {error}")
         settings = cls(**checked)
         mistakes += settings._url_mistakes()
         if mistakes:
@@ -99,7 +109,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return mistakes
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={_shown(name, getattr(self, name))}" for name in self.__struct_fields__)
+        shown = ", ".join(f"{name}={_shown(name, getattr(self, name))}" for name in (field.name for field in fields(self)))
         return f"Settings({shown})"
 
 
@@ -113,11 +123,6 @@ def masked(url: str) -> str:
         return urlunsplit((parts.scheme, f"{parts.username or ''}:***@{host}", parts.path, "", ""))
     except ValueError:
         return "***"
-
-
-def _differing(given: Settings) -> dict[str, Any]:
-    default = Settings()
-    return {name: getattr(given, name) for name in given.__struct_fields__ if getattr(given, name) != getattr(default, name)}
 
 
 def _shown(name: str, value: object) -> str:
