@@ -44,8 +44,8 @@ class Settings:
     """How long the inbox remembers an event, in seconds; an older event is parked, not guessed at."""
     pool_size: Annotated[int, Meta(ge=1, le=200)] = 8
     """Database connections of one bus."""
-    relay: bool = True
-    """Whether this process also relays the outbox. Several relays share the buckets among themselves."""
+    relay: bool | None = None
+    """Whether this process also relays the outbox; yes unless set. Several relays share the buckets among themselves."""
     relay_batch: Annotated[int, Meta(ge=1, le=5000)] = 500
     """Rows that the relay reads, publishes and deletes at a time."""
     relay_lease_s: Annotated[float, Meta(ge=1, le=300)] = 10.0

@@ -161,7 +161,7 @@ class Engine:
             self._tasks.start_soon(_ending, consumer.run, done, name=f"consumer {need.name}")
         if self._store is not None:
             self._tasks.start_soon(self._maintain, name="maintenance")
-            if self._settings.relay:
+            if self._settings.relay is not False:
                 owner = f"{self._group}-{uuid4().hex[:12]}"
                 self._relay = Relay(self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng)
                 self._tasks.start_soon(_ending, self._relay.run, self._relay_done, name="relay")
