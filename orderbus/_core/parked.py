@@ -25,6 +25,7 @@ from orderbus._core.topology import LOST_QUEUE, dead_letter_queue
 from orderbus.errors import MessageError
 
 SUFFIX = dead_letter_queue("")
+_SAID_ALREADY = PARKING_HEADERS | {ATTEMPT, FIRST_FAILED_AT, KEY}
 
 
 class Parked(msgspec.Struct, frozen=True):
@@ -49,7 +50,7 @@ class Parked(msgspec.Struct, frozen=True):
     parked_at_s: float | None = None
     content_type: str | None = None
     headers: Headers = NO_HEADERS
-    """The message's own headers, without those that parking added."""
+    """The message's own headers, without those that orderbus added and that are fields here."""
     raw_properties: bytes | None = None
     """Its properties as they came over the wire, where they could not be read."""
 
@@ -114,7 +115,7 @@ def read_parked(incoming: Incoming) -> Parked:
         first_failed_at_s=_seconds(headers, FIRST_FAILED_AT),
         parked_at_s=_seconds(headers, PARKED_AT) or _time_of_death(headers),
         content_type=properties.content_type,
-        headers={name: value for name, value in kept_headers(headers).items() if name not in PARKING_HEADERS},
+        headers={name: value for name, value in kept_headers(headers).items() if name not in _SAID_ALREADY},
         raw_properties=raw if isinstance(raw, bytes) else None,
     )
 

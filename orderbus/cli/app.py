@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import orderbus
-from orderbus.cli import run, schema
+from orderbus.cli import check, describe, dlq, run, schema
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,7 +18,10 @@ app = typer.Typer(
     "4 a server is not available.",
 )
 app.command("run", epilog=run.EXAMPLE)(run.run)
+app.command("describe", epilog=describe.EXAMPLE)(describe.describe)
+app.command("check", epilog=check.EXAMPLE)(check.check)
 app.add_typer(schema.app, name="schema")
+app.add_typer(dlq.app, name="dlq")
 
 
 def _version(wanted: bool) -> None:

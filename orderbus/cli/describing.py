@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from rich import box
@@ -24,6 +23,7 @@ class HandlerDescription(msgspec.Struct, frozen=True):
     """A handler as `describe` shows it. Times in seconds."""
 
     name: str
+    function: str
     place: str
     event: str
     topic: str
@@ -42,10 +42,16 @@ class HandlerDescription(msgspec.Struct, frozen=True):
     emits: tuple[str, ...]
 
 
+class PeriodicDescription(msgspec.Struct, frozen=True):
+    function: str
+    every_s: float
+    timeout_s: float
+
+
 class BusDescription(msgspec.Struct, frozen=True):
     group: str
     handlers: tuple[HandlerDescription, ...]
-    periodics: tuple[dict[str, Any], ...]
+    periodics: tuple[PeriodicDescription, ...]
     resources: tuple[str, ...]
 
 
@@ -56,7 +62,7 @@ def describe_bus(bus: Bus) -> BusDescription:
         bus.group,
         tuple(_describe(handler, plan, default_guard) for handler, plan in bus.plans()),
         tuple(
-            {"name": periodic.function.__qualname__, "every_s": periodic.every_s, "timeout_s": periodic.timeout_s}
+            PeriodicDescription(periodic.function.__qualname__, periodic.every_s, periodic.timeout_s)
             for periodic in bus._periodics
         ),
         tuple(kind.__qualname__ for kind in bus._resources),
@@ -67,11 +73,13 @@ def banner(buses: Sequence[Bus]) -> RenderableType:
     """What runs now, for the terminal of whoever started it."""
     table = _table("handler", "consumes", "queue", "retry", "guard")
     for bus in buses:
-        described = describe_bus(bus)
-        for handler in described.handlers:
-            table.add_row(f"{bus.group}.{handler.name}", handler.topic, handler.queue, handler.retry_brief, _guard_text(handler))
-        if not described.handlers:
-            table.add_row(bus.group, Text("nothing", style="dim"), "", "", "")
+        for handler in (described := describe_bus(bus)).handlers:
+            guard = f"{handler.guard}, ordered" if handler.ordered else handler.guard
+            table.add_row(handler.function, handler.topic, handler.queue, handler.retry_brief, guard)
+        for periodic in described.periodics:
+            table.add_row(periodic.function, f"every {periodic.every_s:g} s", "-", "-", "-")
+        if not described.handlers and not described.periodics:
+            table.add_row("-", f"group {bus.group} consumes nothing", "-", "-", "-")
     return table
 
 
@@ -95,7 +103,7 @@ def tables(described: BusDescription) -> RenderableType:
     for policy, names in by_policy.items():
         parts += [Text(f"\nretry policy of {', '.join(names)}", style="bold"), Text(policy)]
     for periodic in described.periodics:
-        parts.append(Text(f"\nevery {periodic['every_s']:g} s: {periodic['name']}, timeout {periodic['timeout_s']:g} s"))
+        parts.append(Text(f"\nevery {periodic.every_s:g} s: {periodic.function}, timeout {periodic.timeout_s:g} s"))
     if described.resources:
         parts.append(Text(f"\nresources: {', '.join(described.resources)}"))
     return Group(*parts)
@@ -105,6 +113,7 @@ def _describe(handler: Handler, plan: Plan, default_guard: str) -> HandlerDescri
     options, code, of_event = handler.options, handler.function.__code__, event_type(handler.event)
     return HandlerDescription(
         name=handler.name,
+        function=handler.function.__qualname__,
         place=f"{os.path.relpath(code.co_filename)}:{code.co_firstlineno}",
         event=handler.event.__name__,
         topic=of_event.topic,
@@ -136,8 +145,7 @@ def _default_guard(bus: Bus) -> str:
 
 def _brief(policy: Retry) -> str:
     tries = len(policy.rules[-1].delays_s) + 1
-    special = len(policy.rules) - 1
-    return f"{tries} {'try' if tries == 1 else 'tries'}" + (f", {special} special" if special else "")
+    return f"{tries} {'try' if tries == 1 else 'tries'}"
 
 
 def _runs_text(handler: HandlerDescription) -> str:
@@ -147,10 +155,6 @@ def _runs_text(handler: HandlerDescription) -> str:
     elif handler.fuse > 1:
         lines.append(f"up to {handler.fuse} fused")
     return "\n".join([*(line for line in lines if line), f"timeout {handler.timeout_s:g} s"])
-
-
-def _guard_text(handler: HandlerDescription) -> str:
-    return f"{handler.guard}, ordered" if handler.ordered else handler.guard
 
 
 def _table(*columns: str) -> Table:

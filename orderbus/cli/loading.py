@@ -50,6 +50,10 @@ def settings_of(bus: Bus) -> Settings:
     return Settings.load(os.environ, bus._given)
 
 
+def environment_settings() -> Settings:
+    return Settings.load(os.environ)
+
+
 def settings_without_broker() -> Settings:
     """The environment's settings, for commands that never speak to a broker."""
     return Settings.load({f"{PREFIX}BROKER_URL": "memory://", **os.environ})

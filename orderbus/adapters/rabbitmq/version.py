@@ -1,0 +1,23 @@
+"""Which RabbitMQ answers."""
+
+from __future__ import annotations
+
+from orderbus.adapters.rabbitmq.address import parse_address
+from orderbus.adapters.rabbitmq.connection import Connection
+
+__all__ = ["server_version"]
+
+
+async def server_version(url: str) -> str:
+    """Connect, read what the server says of itself, and leave. Raises UnavailableError, naming host and port, and UsageError."""
+    connection = Connection(parse_address(url), "orderbus check")
+    await connection.connect()
+    try:
+        said = connection._control.server_properties
+    finally:
+        await connection.close()
+    return f"{_text(said.get('product'))} {_text(said.get('version'))}"
+
+
+def _text(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
