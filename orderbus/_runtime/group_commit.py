@@ -7,19 +7,24 @@ waits while a commit is under way goes into the next one. An idle bus commits at
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
+from orderbus._runtime.calling import no_stray_cancellation
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Store
-from orderbus.errors import UnavailableError
+from orderbus.errors import TransientError, UnavailableError
 
 T = TypeVar("T")
 
 MOST_TOGETHER = 256
 MOST_WAITING = 10_000
+ENOUGH_TOGETHER = 32
+PACE_S = 0.002
+"""A busy lane waits this long for company; an idle one commits at once."""
+TRANSIENT_TRIES = 3
 LANES = 2
 """Two commits under way: while one is being flushed to disk, the next is prepared."""
 
@@ -50,8 +55,9 @@ class GroupCommit:
         """Run the work in a shared transaction; its result once that is committed.
 
         When anything in the shared transaction fails, it is rolled back and every work is run again in one of its own, so
-        only the failing caller sees its error. Work must therefore touch nothing but its `tx`. Raises UnavailableError
-        when 10,000 callers wait already. Cancelled before its turn, it is not run; later, its outcome is unknown.
+        only the failing caller sees its error; what the database asks to run again is run again. Work must therefore touch
+        nothing but its `tx`. Raises UnavailableError when 10,000 callers wait already. Cancelled before its turn, it is not
+        run; later, its outcome is unknown.
         """
         if self._closed or len(self._waiting) >= MOST_WAITING:
             raise UnavailableError(
@@ -71,10 +77,15 @@ class GroupCommit:
         return cast(T, ticket.result)
 
     async def run(self) -> None:
-        """Serve callers until closed and empty."""
-        async with anyio.create_task_group() as lanes:
-            for _ in range(LANES):
-                lanes.start_soon(self._lane)
+        """Serve callers until closed and empty. Cancelled, it lets nobody wait on: who has not been served learns that."""
+        try:
+            async with anyio.create_task_group() as lanes:
+                for _ in range(LANES):
+                    lanes.start_soon(self._lane)
+        finally:
+            self._closed = True
+            self._finish(list(self._waiting), UnavailableError("the bus was stopped before the write was begun"))
+            self._waiting.clear()
 
     def close(self) -> None:
         """Take no new work; what waits is still done."""
@@ -83,10 +94,18 @@ class GroupCommit:
             self._idle.popleft().set()
 
     async def _lane(self) -> None:
+        next_at = 0.0
         while True:
+            if 0 < len(self._waiting) < ENOUGH_TOGETHER and (early_s := next_at - anyio.current_time()) > 0:
+                await anyio.sleep(early_s)
             together = self._take()
             if together:
-                await self._serve(together)
+                try:
+                    await self._serve(together)
+                finally:
+                    left = [ticket for ticket in together if not ticket.done.is_set()]
+                    self._finish(left, UnavailableError("the bus was stopped while the write was under way; it may be done"))
+                next_at = anyio.current_time() + PACE_S
             elif self._closed:
                 return
             else:
@@ -102,29 +121,28 @@ class GroupCommit:
                 together.append(ticket)
         return together
 
-    async def _serve(self, together: list[_Ticket[Any]]) -> None:
+    async def _serve(self, together: Sequence[_Ticket[Any]], tries: int = 1) -> None:
         try:
             await self._commit(together)
-        except UnavailableError as error:
-            self._finish(together, error)
         except Exception as error:  # the callers get it, each its own
-            if len(together) == 1:
-                self._finish(together, error)
-            else:
+            is_away = isinstance(error, UnavailableError) and not isinstance(error, TransientError)
+            if not is_away and len(together) > 1:
                 for ticket in together:
                     await self._serve([ticket])
-        except BaseException:
-            self._finish(together, UnavailableError("the bus was stopped while the write was under way; its outcome is unknown"))
-            raise
+            elif isinstance(error, TransientError) and tries < TRANSIENT_TRIES:
+                await self._serve(together, tries + 1)
+            else:
+                self._finish(together, error)
         else:
             self._finish(together, None)
 
-    async def _commit(self, together: list[_Ticket[Any]]) -> None:
+    async def _commit(self, together: Sequence[_Ticket[Any]]) -> None:
         tx = Tx(await self._store.begin(), self._encoding)
         try:
             for ticket in together:
-                result = ticket.work(tx)
-                ticket.result = await result if isinstance(result, Awaitable) else result
+                with no_stray_cancellation("group_commit"):
+                    result = ticket.work(tx)
+                    ticket.result = await result if isinstance(result, Awaitable) else result
             await tx._commit()
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -132,7 +150,7 @@ class GroupCommit:
             raise
         self._on_commit(len(tx._emitted))
 
-    def _finish(self, together: list[_Ticket[Any]], error: BaseException | None) -> None:
+    def _finish(self, together: Sequence[_Ticket[Any]], error: BaseException | None) -> None:
         for ticket in together:
             ticket.error = error
             ticket.done.set()

@@ -75,6 +75,7 @@ def main() -> None:
                 child.stop()
         figures = run.figures()
         show(Console(), figures, plan.rate)
+        print(f"CPU by process, µs/order: {run.cpu_line()}")
         print(f"\nOne order's timeline:\n{timeline}")
         save(figures, BUILD / "demo.json")
         write_page(BUILD / "demo.html", figures, plan.rate, *run.curves(), timeline)

@@ -105,41 +105,48 @@ def wait_until_ready(url: str, children: Iterable[Child], timeout_s: float = 60.
 class CpuMeter:
     """The CPU seconds of the demo's processes and of the servers that it uses, from its making on."""
 
-    def __init__(self, pids: Iterable[int]) -> None:
-        self._roots = list(pids)
+    def __init__(self, children: Iterable[Child]) -> None:
+        self._roots = {child.pid: child.name for child in children}
+        self._names: dict[int, str] = {}
         self._began: dict[int, float] = {}
         self._latest: dict[int, float] = {}
         self.look()
         self._began = dict(self._latest)
 
-    def add(self, pid: int) -> None:
+    def add(self, child: Child) -> None:
         """A process started later counts from its start."""
-        self._roots.append(pid)
+        self._roots[child.pid] = child.name
 
     def look(self) -> None:
         """To be called now and then: a process that ends in between keeps what it had used."""
-        for process in self._processes():
+        for name, process in self._processes():
             try:
                 times = process.cpu_times()
             except psutil.Error:
                 continue  # it has just ended
             self._latest[process.pid] = times.user + times.system
+            self._names[process.pid] = name
 
-    @property
-    def seconds(self) -> float:
-        return sum(used - self._began.get(pid, 0.0) for pid, used in self._latest.items())
+    def seconds(self) -> dict[str, float]:
+        """By process, the busiest first; the servers' under their program's name."""
+        found: dict[str, float] = {}
+        for pid, used in self._latest.items():
+            name = self._names[pid]
+            found[name] = found.get(name, 0.0) + used - self._began.get(pid, 0.0)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def _processes(self) -> Iterable[psutil.Process]:
-        for pid in self._roots:
+    def _processes(self) -> Iterable[tuple[str, psutil.Process]]:
+        for pid, name in self._roots.items():
             try:
                 root = psutil.Process(pid)
-                yield root
-                yield from root.children(recursive=True)
+                yield name, root
+                for child in root.children(recursive=True):
+                    yield name, child
             except psutil.Error:
                 continue  # it has ended
         for process in psutil.process_iter(["name"]):
             if process.info["name"] in SERVER_NAMES:
-                yield process
+                yield process.info["name"], process
 
 
 def _tail(path: Path, lines: int = 15) -> str:

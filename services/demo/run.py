@@ -58,7 +58,7 @@ class Run:
         self._connection: psycopg.Connection[Any] = psycopg.connect(plan.database_url, autocommit=True)
         self._load: Load | None = None
         self._audit: Audit | None = None
-        self._cpu_s = 0.0
+        self._cpu_s: dict[str, float] = {}
         self._parked: int | None = None
         self._killed: set[str] = set()
 
@@ -86,9 +86,9 @@ class Run:
         arguments += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{plan.seconds}s", "--stop-timeout", "10"]
         arguments += ["--exit-code-on-error", "0", "--loglevel", "WARNING"]
         locust = Child("load", arguments, environment, plan.folder)
-        meter = CpuMeter(child.pid for child in self._children)
+        meter = CpuMeter(self._children)
         locust.start()
-        meter.add(locust.pid)
+        meter.add(locust)
         self._watch(locust, meter)
         if not output.exists():
             locust.check()
@@ -112,7 +112,7 @@ class Run:
                     kill_at, restart_at = 0.0, now + RESTART_AFTER_S
                 if victim is not None and restart_at and now >= restart_at:
                     victim.start()
-                    meter.add(victim.pid)
+                    meter.add(victim)
                     self._console.print(f"[green]restarted[/] {victim.name} at {now - began:.1f} s")
                     restart_at = 0.0
                 for child in self._children:
@@ -126,7 +126,7 @@ class Run:
                 time.sleep(0.5)
         if victim is not None and restart_at:
             victim.start()
-            meter.add(victim.pid)
+            meter.add(victim)
 
     def _counts(self) -> tuple[int, int]:
         row = self._connection.execute("select count(*), count(finished_at) from orders").fetchone()
@@ -143,7 +143,7 @@ class Run:
             self._console.print(f"waiting for {left} to settle …")
             time.sleep(0.25)
         self._meter.look()
-        self._cpu_s = self._meter.seconds
+        self._cpu_s = self._meter.seconds()
         self._audit = audit(self._connection, self._load.accepted)
         self._parked = self._servers.parked()
 
@@ -187,8 +187,13 @@ class Run:
             ghosts=counted.ghosts,
             oversold=counted.oversold,
             money_off=counted.money_off,
-            cpu_us_per_order=round(self._cpu_s / max(counted.orders, 1) * 1e6, 1),
+            cpu_us_per_order=round(sum(self._cpu_s.values()) / max(counted.orders, 1) * 1e6, 1),
         )
+
+    def cpu_line(self) -> str:
+        """Where the CPU went, in microseconds an order."""
+        orders = max(self._audit.orders, 1) if self._audit else 1
+        return ", ".join(f"{name} {seconds / orders * 1e6:.0f}" for name, seconds in self._cpu_s.items())
 
     def curves(self) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
         """By second, for the page: throughput, API latency, end-to-end latency."""
