@@ -46,6 +46,7 @@ class Subscription:
         self._write: asyncio.Handle | None = None
         self._one_step = asyncio.Lock()
         self._steps: set[asyncio.Task[None]] = set()
+        self._growth: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Start consuming. Raises UnavailableError, naming the queue, where it does not exist."""
@@ -54,13 +55,16 @@ class Subscription:
     async def receive(self) -> Sequence[Incoming]:
         """At least one delivery; what has arrived, up to the prefetch. Raises UnavailableError when the consumer is gone."""
         while True:
+            if self._growth is not None:
+                await asyncio.shield(self._growth)  # again, where an earlier call was cancelled while it grew
+                self._growth = None
             life = self._alive()
             arrived = life.sink.arrived
             room = self._prefetch - self._held
             if not arrived or room <= 0 or self._is_paused:
                 await self._wait()
             elif self._is_probing and _is_fresh(arrived[0]):
-                await self._step(self._grow)
+                self._growth = self._begin(self._grow)
             else:
                 life.sink.arrived = arrived[room:]
                 del arrived[room:]
@@ -112,6 +116,9 @@ class Subscription:
         One at a time; `close` waits for them.
         """
 
+        await asyncio.shield(self._begin(step))
+
+    def _begin(self, step: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         async def alone() -> None:
             async with self._one_step:
                 await step()
@@ -119,7 +126,7 @@ class Subscription:
         task = asyncio.get_running_loop().create_task(alone())
         self._steps.add(task)
         task.add_done_callback(self._steps.discard)
-        await asyncio.shield(task)
+        return task
 
     async def _begin_life(self) -> None:
         epoch = next(self._epochs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from aiormq.connection import TransportFactory
 from yarl import URL
@@ -66,8 +66,7 @@ class SplitProtocol(asyncio.StreamReaderProtocol):
             control = self._splitter.feed(data)
         except FrameError as failure:
             self._on_lost(f"what the broker sent is not AMQP 0-9-1: {failure}")
-            if isinstance(self._transport, asyncio.WriteTransport):
-                self._transport.abort()
+            cast(asyncio.Transport, self._transport).abort()  # not isinstance: uvloop's transports are no subclasses
             return
         if control:
             self._fed_at = self._now()

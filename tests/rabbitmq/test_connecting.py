@@ -1,0 +1,105 @@
+"""URLs, and what is said when no connection can be had."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit, urlunsplit
+
+import anyio
+import pytest
+
+from orderbus.adapters.rabbitmq import open_broker
+from orderbus.adapters.rabbitmq.address import parse_address
+from orderbus.errors import UnavailableError, UsageError
+from tests.servers import free_port
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://u:secret@host/", "scheme 'http'"),
+        ("amqp://host/", "lacks user or password"),
+        ("amqp://user@host/", "lacks user or password"),
+        ("amqp://u:secret@/", "names no host"),
+        ("amqps://u:secret@host/?no_verify_ssl=1", "no_verify_ssl"),
+        ("amqp://u:secret@host/?cafile=x", "use amqps://"),
+        ("amqp://u:secret@host/?hartbeat=3", "unknown option 'hartbeat'"),
+        ("amqp://u:secret@host/?heartbeat=0", "5 to 600"),
+        ("amqp://u:secret@host:port/", "can't be read"),
+    ],
+)
+def test_a_wrong_url_is_named_without_its_password(url: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        parse_address(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_address_is_shown_without_its_password() -> None:
+    address = parse_address("amqps://user:secret@host/vhost?cafile=/ca.pem")
+    assert (address.shown, address.host, address.port) == ("amqps://host:5671/vhost", "host", 5671)
+    assert "secret" not in repr(address)
+
+
+async def refused(url: str, **limits: float) -> str:
+    with pytest.raises(UnavailableError) as caught:
+        async with open_broker(url, name="test", **limits):
+            pytest.fail("it connected")
+    assert "guest:guest" not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_a_closed_port_is_named() -> None:
+    port = free_port()
+    assert f"amqp://127.0.0.1:{port}" in (text := await refused(f"amqp://guest:guest@127.0.0.1:{port}/"))
+    assert "refused" in text.lower() or "Connect call failed" in text
+
+
+async def test_a_host_that_does_not_exist_is_named() -> None:
+    assert "amqp://no-such-host.invalid:5672" in await refused("amqp://guest:guest@no-such-host.invalid/")
+
+
+@pytest.mark.servers
+async def test_a_wrong_password_is_told(vhost_url: str) -> None:
+    parts = urlsplit(vhost_url)
+    wrong = urlunsplit(parts._replace(netloc=f"guest:wr0ng@{parts.hostname}:{parts.port}"))
+    text = await refused(wrong)
+    assert "ACCESS_REFUSED" in text
+    assert "wr0ng" not in text
+
+
+@pytest.mark.servers
+async def test_a_missing_vhost_is_told(vhost_url: str) -> None:
+    assert "no-such-vhost" in await refused(urlunsplit(urlsplit(vhost_url)._replace(path="/no-such-vhost")))
+
+
+async def serve(answer: bytes) -> asyncio.Server:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await reader.read()  # until the client hangs up
+        writer.close()
+        await writer.wait_closed()
+
+    return await asyncio.start_server(talk, "127.0.0.1", 0)
+
+
+async def test_a_server_that_is_silent_is_given_up() -> None:
+    async with await serve(b"") as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "no answer within 0.05 s" in await refused(f"amqp://guest:guest@127.0.0.1:{port}/", connect_s=0.05)
+
+
+async def test_a_server_that_speaks_http_is_recognised() -> None:
+    async with await serve(b"HTTP/1.1 400 Bad Request\r\n\r\n") as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "not AMQP 0-9-1" in await refused(f"amqp://guest:guest@127.0.0.1:{port}/")
+
+
+async def test_a_cancelled_connect_leaves_nothing_behind() -> None:
+    async with await serve(b"") as server:
+        port = server.sockets[0].getsockname()[1]
+        with anyio.move_on_after(0.05) as scope:
+            async with open_broker(f"amqp://guest:guest@127.0.0.1:{port}/", name="test"):
+                pytest.fail("it connected")
+        assert scope.cancelled_caught

@@ -1,0 +1,414 @@
+"""Consuming from a real RabbitMQ: nothing is lost, and nobody suffers for a neighbour."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
+from orderbus._core.topology import Queue, Topology
+from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
+from orderbus.adapters.rabbitmq.encoder import PublishEncoder
+from orderbus.adapters.rabbitmq.subscription import Subscription
+from orderbus.errors import InvariantError, MessageError, UnavailableError, UsageError
+from tests.rabbitmq.conftest import Place, have_closed
+from tests.servers import Rabbit
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+ACK, RELEASE, REJECT = Settlement.ACK, Settlement.RELEASE, Settlement.REJECT
+
+
+@pytest.fixture(autouse=True)
+async def within_a_minute() -> AsyncIterator[None]:
+    with anyio.fail_after(60):
+        yield
+
+
+async def fill(broker: RabbitBroker, queue: str, count: int) -> None:
+    batch = [Outgoing("", queue, b"%d" % number, "m", "test") for number in range(count)]
+    assert await broker.publish(batch) == [Receipt.CONFIRMED] * count
+
+
+async def take(subscription: Subscription, count: int) -> list[Incoming]:
+    taken: list[Incoming] = []
+    while len(taken) < count:
+        taken += await subscription.receive()
+    return taken
+
+
+def numbers(deliveries: Sequence[Incoming]) -> list[int]:
+    return [int(delivery.body) for delivery in deliveries]
+
+
+async def ready(broker: RabbitBroker, queue: str, count: int) -> None:
+    """Wait until so many messages are ready."""
+    while await broker.depth(queue) != count:
+        await anyio.lowlevel.checkpoint()
+
+
+async def test_prefetch_bounds_what_is_unsettled(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 10)
+    async with broker.subscribe(place.queue, prefetch=4) as subscription:
+        first = await take(subscription, 4)
+        assert numbers(first) == [0, 1, 2, 3]
+        await subscription.flush()
+        with anyio.move_on_after(0) as scope:
+            await subscription.receive()
+        assert scope.cancelled_caught
+        subscription.settle(first[0], ACK)
+        assert numbers(await subscription.receive()) == [4]
+        for delivery in first[1:]:
+            subscription.settle(delivery, ACK)
+        assert numbers(await take(subscription, 3)) == [5, 6, 7]
+    await ready(broker, place.queue, 6)
+
+
+@pytest.mark.parametrize("how", [RELEASE, REJECT])
+async def test_what_is_given_back_comes_again_and_is_counted(broker: RabbitBroker, place: Place, how: Settlement) -> None:
+    await fill(broker, place.queue, 2)
+    async with broker.subscribe(place.queue, prefetch=2) as subscription:
+        first, second = await take(subscription, 2)
+        subscription.settle(second, ACK)
+        for count in range(1, 4):
+            subscription.settle(first, how)
+            (first,) = await subscription.receive()
+            assert (first.body, first.redelivered, first.delivery_count) == (b"0", True, count)
+        subscription.settle(first, ACK)
+        await subscription.flush()
+    assert await broker.depth(place.queue) == 0
+
+
+async def test_the_delivery_limit_dead_letters(broker: RabbitBroker, place: Place) -> None:
+    limited = Queue(f"{place.queue}.limited", delivery_limit=2, dead_letter_exchange="", dead_letter_routing_key=place.queue)
+    await broker.apply(Topology(queues=(limited,)))
+    await fill(broker, limited.name, 1)
+    async with broker.subscribe(limited.name, prefetch=5) as subscription, broker.subscribe(place.queue, prefetch=5) as dead:
+        for _ in range(3):
+            (delivery,) = await subscription.receive()
+            subscription.settle(delivery, REJECT)
+        (parked,) = await dead.receive()
+        assert parked.body == b"0"
+        assert parked.properties.headers["x-first-death-reason"] == "delivery_limit"
+        dead.settle(parked, ACK)
+
+
+async def test_leaving_right_after_acking_loses_no_ack(broker: RabbitBroker, place: Place) -> None:
+    for _ in range(5):
+        await fill(broker, place.queue, 400)
+        async with broker.subscribe(place.queue, prefetch=400) as subscription:
+            for delivery in await take(subscription, 400):
+                subscription.settle(delivery, ACK)
+        with anyio.move_on_after(0.0):
+            await ready(broker, place.queue, 0)
+        assert await broker.depth(place.queue) == 0
+        async with broker.subscribe(place.queue, prefetch=10) as probe:
+            await fill(broker, place.queue, 1)
+            (only,) = await probe.receive()
+            assert not only.redelivered
+            probe.settle(only, ACK)
+
+
+async def test_closing_the_broker_right_after_acking_loses_no_ack(broker: RabbitBroker, place: Place, vhost_url: str) -> None:
+    await fill(broker, place.queue, 500)
+    async with open_broker(vhost_url, name="short") as other, other.subscribe(place.queue, prefetch=500) as subscription:
+        for delivery in await take(subscription, 500):
+            subscription.settle(delivery, ACK)
+    assert await broker.depth(place.queue) == 0
+
+
+async def test_what_is_unsettled_goes_back_on_leaving(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 6)
+    async with broker.subscribe(place.queue, prefetch=4) as subscription:
+        deliveries = await take(subscription, 4)
+        subscription.settle(deliveries[2], ACK)
+    await ready(broker, place.queue, 5)
+    subscription.settle(deliveries[0], ACK)  # of a life that is over: nothing happens
+    async with broker.subscribe(place.queue, prefetch=10) as subscription:
+        again = await take_all_settling(subscription, 5)
+    assert sorted(numbers(again)) == [0, 1, 3, 4, 5]
+    assert await broker.depth(place.queue) == 0
+
+
+async def take_all_settling(subscription: Subscription, count: int) -> list[Incoming]:
+    taken: list[Incoming] = []
+    while len(taken) < count:
+        for delivery in await subscription.receive():
+            taken.append(delivery)
+            subscription.settle(delivery, ACK)
+    return taken
+
+
+async def test_settling_twice_is_a_bug_and_does_no_harm(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 2)
+    async with broker.subscribe(place.queue, prefetch=2) as subscription:
+        first, second = await take(subscription, 2)
+        subscription.settle(first, ACK)
+        await subscription.flush()
+        with pytest.raises(InvariantError):
+            subscription.settle(first, ACK)
+        subscription.settle(second, ACK)
+        await subscription.flush()
+
+
+async def test_a_probe_stays_at_one_while_it_meets_redeliveries(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 8)
+    async with broker.subscribe(place.queue, prefetch=3) as crashed:
+        await take(crashed, 3)
+    await ready(broker, place.queue, 8)
+    async with broker.subscribe(place.queue, prefetch=100) as subscription:
+        probed: list[Incoming] = []
+        while (rest := await subscription.receive())[0].redelivered:
+            (delivery,) = rest
+            await subscription.flush()
+            assert subscription._life is not None
+            assert subscription._life.sink.arrived == []  # alone: a neighbour would suffer from a crash now
+            subscription.settle(delivery, ACK)
+            probed.append(delivery)
+        assert len(probed) >= 3
+        assert [delivery.delivery_count for delivery in probed] == [1] * len(probed)
+        rest = [*rest, *await take(subscription, 8 - len(probed) - len(rest))]
+        assert [delivery.delivery_count for delivery in rest] == [0] * len(rest)
+        assert numbers([*probed, *rest]) == list(range(8))
+        for delivery in rest:
+            subscription.settle(delivery, ACK)
+        await subscription.flush()
+    assert await broker.depth(place.queue) == 0
+
+
+async def test_a_poisonous_message_is_the_only_one_that_dies_with_its_processes(broker: RabbitBroker, place: Place) -> None:
+    limited = Queue(f"{place.queue}.limited", delivery_limit=3, dead_letter_exchange="", dead_letter_routing_key=place.queue)
+    await broker.apply(Topology(queues=(limited,)))
+    await fill(broker, limited.name, 30)
+    poison, handled = 0, set[int]()
+
+    async def crash_again_and_again() -> None:
+        while True:
+            async with broker.subscribe(limited.name, prefetch=20) as subscription:
+                while poison not in (batch := numbers(deliveries := await subscription.receive())):
+                    handled.update(batch)
+                    for delivery in deliveries:
+                        subscription.settle(delivery, ACK)
+
+    async with broker.subscribe(place.queue, prefetch=1) as graveyard, anyio.create_task_group() as tasks:
+        tasks.start_soon(crash_again_and_again)
+        assert numbers(await graveyard.receive()) == [poison]
+        tasks.cancel_scope.cancel()
+    async with broker.subscribe(limited.name, prefetch=20) as subscription:
+        rest = await take_all_settling(subscription, 29 - len(handled))
+    assert handled | set(numbers(rest)) == set(range(1, 30))
+    await ready(broker, place.queue, 1)
+
+
+async def test_a_single_active_consumer_grows_without_losing_its_order(broker: RabbitBroker, place: Place) -> None:
+    queue = Queue(f"{place.queue}.ordered", delivery_limit=50, single_active_consumer=True)
+    await broker.apply(Topology(queues=(queue,)))
+    await fill(broker, queue.name, 50)
+    async with broker.subscribe(queue.name, prefetch=20) as active, broker.subscribe(queue.name, prefetch=20) as waiting:
+        seen: list[int] = []
+        while len(seen) < 50:
+            # Either may be the active one; a switch may only happen while nothing is unsettled.
+            async with anyio.create_task_group() as tasks:
+
+                async def receive(subscription: Subscription, scope: anyio.CancelScope) -> None:
+                    deliveries = await subscription.receive()
+                    scope.cancel()
+                    seen.extend(numbers(deliveries))
+                    for delivery in deliveries:
+                        subscription.settle(delivery, ACK)
+
+                for subscription in (active, waiting):
+                    tasks.start_soon(receive, subscription, tasks.cancel_scope)
+        assert seen == list(range(50))
+
+
+async def test_a_queue_of_which_nothing_is_known_is_consumed_in_order(vhost_url: str, broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 20)
+    async with open_broker(vhost_url, name="stranger") as stranger, stranger.subscribe(place.queue, prefetch=10) as subscription:
+        assert numbers(await take_all_settling(subscription, 20)) == list(range(20))
+
+
+async def test_pause_gives_back_what_was_not_handed_over(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 5)
+    async with broker.subscribe(place.queue, prefetch=10) as subscription:
+        first = list(await subscription.receive())
+        await subscription.flush()
+        await subscription.pause()
+        with anyio.move_on_after(0):
+            pytest.fail(f"{await subscription.receive()} was handed over after a pause")
+        await ready(broker, place.queue, 5 - len(first))
+        for delivery in first:
+            subscription.settle(delivery, ACK)
+        await subscription.flush()
+        async with broker.subscribe(place.queue, prefetch=10) as other:
+            assert len(await take_all_settling(other, 5 - len(first))) == 5 - len(first)
+
+
+async def test_a_cancelled_receive_takes_nothing(broker: RabbitBroker, place: Place) -> None:
+    async with broker.subscribe(place.queue, prefetch=10) as subscription:
+        for number in range(30):
+            await fill(broker, place.queue, 1)
+            for steps in range(number):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(subscription_receives_nothing, subscription, tasks.cancel_scope, steps)
+            (delivery,) = await subscription.receive()
+            subscription.settle(delivery, ACK)
+
+
+async def subscription_receives_nothing(subscription: Subscription, scope: anyio.CancelScope, steps: int) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cancel_after, scope, steps)
+        for delivery in await subscription.receive():
+            subscription.settle(delivery, RELEASE)
+
+
+async def cancel_after(scope: anyio.CancelScope, steps: int) -> None:
+    for _ in range(steps):
+        await anyio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def test_two_receivers_are_a_usage_error(broker: RabbitBroker, place: Place) -> None:
+    async with broker.subscribe(place.queue, prefetch=1) as subscription, anyio.create_task_group() as tasks:
+        tasks.start_soon(subscription.receive)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(UsageError, match="two tasks"):
+            await subscription.receive()
+        tasks.cancel_scope.cancel()
+
+
+# What goes wrong
+
+
+async def test_a_queue_deleted_under_a_consumer_is_heard_of(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 1)
+    async with broker.subscribe(place.queue, prefetch=1) as subscription:
+        (delivery,) = await subscription.receive()
+        await delete_queue(broker, place.queue)
+        with pytest.raises(UnavailableError, match=f"{place.queue}.*cancelled"):
+            await subscription.receive()
+        subscription.settle(delivery, ACK)
+    with pytest.raises(UnavailableError, match=f"{place.queue}.*no queue"):
+        async with broker.subscribe(place.queue, prefetch=1):
+            pytest.fail("the queue is gone")
+    await broker.apply(place.topology())
+    await fill(broker, place.queue, 1)
+    async with broker.subscribe(place.queue, prefetch=1) as subscription:
+        assert len(await take_all_settling(subscription, 1)) == 1
+
+
+async def delete_queue(broker: RabbitBroker, queue: str) -> None:
+    channel = await (await broker._consuming_connection()).open_plain_channel()
+    await channel.queue_delete(queue)
+    await channel.close()
+
+
+async def test_a_connection_closed_by_the_operator_ends_the_subscription(
+    broker: RabbitBroker, place: Place, rabbit: Rabbit, vhost_url: str
+) -> None:
+    await fill(broker, place.queue, 3)
+    async with broker.subscribe(place.queue, prefetch=3) as subscription:
+        first, *_ = await take(subscription, 3)
+        await have_closed(rabbit, vhost_url, "(consume)")
+        with pytest.raises(UnavailableError, match="closed by a test"):
+            await subscription.receive()
+        subscription.settle(first, ACK)
+        with pytest.raises(UnavailableError, match="closed by a test"):
+            await subscription.flush()
+    async with broker.subscribe(place.queue, prefetch=3) as subscription:
+        subscription.settle(first, ACK)  # its epoch is over: sent, it would ack another message
+        again = await take_all_settling(subscription, 3)
+    assert numbers(again) == [0, 1, 2]
+
+
+async def test_a_refused_prefetch(broker: RabbitBroker, place: Place) -> None:
+    for prefetch in (0, -1, 65536):
+        with pytest.raises(UsageError, match="prefetch"):
+            async with broker.subscribe(place.queue, prefetch=prefetch):
+                pytest.fail("it was accepted")
+
+
+# Messages of strangers, with headers that kill an ordinary client
+
+Raw = Callable[[bytes], bytes]
+
+
+def bad_id() -> bytes:
+    return struct.pack(">H", 1 << 7) + b"\x02\xff\xfe"
+
+
+def far_timestamp() -> bytes:
+    return struct.pack(">HQ", 1 << 6, 1 << 62)
+
+
+def deep_table() -> bytes:
+    inner = b""
+    for _ in range(500):
+        inner = b"\x01nF" + struct.pack(">I", len(inner)) + inner
+    return struct.pack(">HI", 1 << 13, len(inner)) + inner
+
+
+class RawEncoder(PublishEncoder):
+    """Publishes the bodies of its messages as properties, unchecked."""
+
+    def encode(self, message: Outgoing, sequence: int) -> bytes:
+        if not message.body:
+            return super().encode(message, sequence)
+        frame = super().encode(Outgoing(message.exchange, message.routing_key, b"", "m", "t"), sequence)
+        method = frame[: struct.unpack_from(">xxxI", frame)[0] + 8]
+        payload = struct.pack(">HHQ", 60, 0, 0) + message.body
+        return method + struct.pack(">BHI", 2, self._channel, len(payload)) + payload + b"\xce"
+
+
+@asynccontextmanager
+async def stranger(vhost_url: str) -> AsyncIterator[RabbitBroker]:
+    async with open_broker(vhost_url, name="stranger") as broker:
+        publisher = await broker._ready_publisher()
+        publisher._encoder.__class__ = RawEncoder
+        yield broker
+
+
+@pytest.mark.parametrize("properties", [bad_id, far_timestamp, deep_table])
+async def test_a_malformed_message_harms_no_neighbour(
+    broker: RabbitBroker, place: Place, vhost_url: str, properties: Callable[[], bytes]
+) -> None:
+    raw = properties()
+    await fill(broker, place.queue, 3)
+    async with stranger(vhost_url) as other:
+        assert await other.publish([Outgoing("", place.queue, raw, "m", "t")]) == [Receipt.CONFIRMED]
+    await fill(broker, place.queue, 3)
+    async with broker.subscribe(place.queue, prefetch=10) as subscription:
+        deliveries = await take(subscription, 7)
+        bad = deliveries[3]
+        assert bad.raw == raw
+        with pytest.raises(MessageError) as caught:
+            _ = bad.properties
+        assert caught.value.reason == "malformed-properties"
+        good = [delivery for delivery in deliveries if delivery is not bad]
+        assert [delivery.properties.message_id for delivery in good] == ["m"] * 6
+        for delivery in good:
+            subscription.settle(delivery, ACK)
+        subscription.settle(bad, REJECT)
+        (again,) = await subscription.receive()
+        assert again.redelivered
+        subscription.settle(again, ACK)
+        await subscription.flush()
+    assert await broker.depth(place.queue) == 0
+
+
+async def test_a_malformed_message_at_the_head_is_met_by_the_probe(broker: RabbitBroker, place: Place, vhost_url: str) -> None:
+    async with stranger(vhost_url) as other:
+        assert await other.publish([Outgoing("", place.queue, bad_id(), "m", "t")]) == [Receipt.CONFIRMED]
+    await fill(broker, place.queue, 1)
+    async with broker.subscribe(place.queue, prefetch=1) as subscription:
+        (bad,) = await subscription.receive()
+        subscription.settle(bad, REJECT)
+    await ready(broker, place.queue, 2)
+    async with broker.subscribe(place.queue, prefetch=10) as subscription:
+        (bad,) = await subscription.receive()
+        assert bad.redelivered
+        subscription.settle(bad, ACK)
+        assert numbers(await take_all_settling(subscription, 1)) == [0]
