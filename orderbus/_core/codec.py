@@ -43,8 +43,11 @@ class BodyDecoder:
     def __init__(self, cls: type[Event], *, limit_bytes: int) -> None:
         self._cls = cls
         self._limit_bytes = limit_bytes
-        self._json = msgspec.json.Decoder(cls)
-        self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(cls)
+        try:
+            self._json = msgspec.json.Decoder(cls)
+            self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(cls)
+        except TypeError as error:
+            raise UsageError(f"event class {cls.__name__}: its fields can't be read from a message: {error}") from error
 
     def decode(self, body: bytes, content_type: str | None) -> Any:
         """The event in a body. Unknown fields are ignored, and so is a newer version whose known fields still decode.
@@ -66,6 +69,8 @@ class BodyDecoder:
             raise MessageError("undecodable", f"the body can't be read as {content_type or JSON}: {error}") from error
         except RecursionError as error:
             raise MessageError("undecodable", "the body is nested too deeply") from error
+        except Exception as error:  # out of the event's own __post_init__
+            raise MessageError("wrong-type", f"{self._cls.__name__} refuses the body: {type(error).__name__}: {error}") from error
         raise MessageError("unknown-content-type", f"content type {content_type[:80]!r} is neither {JSON} nor {MSGPACK}")
 
 

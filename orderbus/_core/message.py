@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from orderbus.errors import MessageError
+
 HeaderValue = str | int | float | bool | bytes | None | Sequence["HeaderValue"] | Mapping[str, "HeaderValue"]
 Headers = Mapping[str, HeaderValue]
 NO_HEADERS: Headers = {}
@@ -107,7 +109,12 @@ class Incoming:
         """The decoded properties. Raises MessageError (`malformed-properties`) where the bytes in `raw` can't be read."""
         if self._properties is None:
             assert self._decode is not None
-            self._properties = self._decode(self.raw)
+            try:
+                self._properties = self._decode(self.raw)
+            except MessageError:
+                raise
+            except Exception as error:  # whatever a decoder stumbles over harms this one message only
+                raise MessageError("malformed-properties", f"{type(error).__name__}: {error}") from error
         return self._properties
 
     @property
@@ -117,3 +124,16 @@ class Incoming:
 
     def __repr__(self) -> str:
         return f"Incoming(queue={self.queue!r}, tag={self.tag}, epoch={self.epoch}, {len(self.body)} bytes)"
+
+
+def header_bytes(value: HeaderValue) -> int:
+    """The most that a header's value takes on the wire."""
+    if isinstance(value, str):
+        return 5 + len(value.encode("utf-8", "replace"))
+    if isinstance(value, bytes):
+        return 5 + len(value)
+    if isinstance(value, Mapping):
+        return 5 + sum(1 + len(name.encode("utf-8", "replace")) + header_bytes(inner) for name, inner in value.items())
+    if isinstance(value, Sequence):
+        return 5 + sum(header_bytes(inner) for inner in value)
+    return 9

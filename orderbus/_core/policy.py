@@ -18,8 +18,8 @@ class Park(Exception):
     """Raise it in a handler to send the message to the dead letters at once, with a reason for the person on call."""
 
     def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+        self.reason = str(reason)
+        super().__init__(self.reason)
 
 
 class RetryLater(Exception):
@@ -77,6 +77,10 @@ class Retry(msgspec.Struct, frozen=True):
     """
 
     rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise UsageError("Retry: a policy has at least one rule; begin with Retry.exponential(), fixed() or none()")
 
     @classmethod
     def exponential(cls, *, first: float = 0.2, limit: float = 60.0, attempts: int = 8, factor: float = 2.0) -> Retry:
@@ -139,12 +143,13 @@ class Retry(msgspec.Struct, frozen=True):
         return "\n".join(f"{name:<{widths[0]}}  {tries:<{widths[1]}}  {wait}" for name, tries, wait in rows)
 
 
-def decide(policy: Retry, error: BaseException, attempt: int) -> Decision:
+def decide(policy: Retry, error: Exception, attempt: int) -> Decision:
     """What follows after try number `attempt` (1 for the first) ended with `error`. Pure: the whole policy is here.
 
     Orders of the handler come first, then what no policy can change (bad data is parked, a missing server is waited for),
-    then the policy's own rules.
+    then the policy's own rules. An exception group that holds one exception is taken for that one: task groups make such.
     """
+    error = bare(error)
     if isinstance(error, Park):
         return Parked(error.reason)
     if isinstance(error, RetryLater):
@@ -163,6 +168,13 @@ def decide(policy: Retry, error: BaseException, attempt: int) -> Decision:
     if attempt > len(delays):
         return Parked("retries-exhausted")
     return Again(delays[attempt - 1])
+
+
+def bare(error: Exception) -> Exception:
+    """An exception out of the groups of one that task groups have wrapped around it."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def backoff_s(failures: int, *, first_s: float = 0.1, limit_s: float = 5.0, jitter: float = 1.0) -> float:

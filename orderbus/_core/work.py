@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from uuid import UUID
@@ -12,10 +13,14 @@ from orderbus._core.delivery import State, Step, step
 from orderbus._core.event import Event
 from orderbus._core.handler import Handler, Plan
 from orderbus._core.ids import uuid7_time_ms
-from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, NOT_BEFORE, Incoming
+from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, NOT_BEFORE, Headers, HeaderValue, Incoming, header_bytes
+from orderbus._core.policy import LONGEST_DELAY_S
 from orderbus.errors import MessageError, UsageError
 
-MOST_HEADERS = 64
+MOST_HEADERS = 48
+MOST_HEADER_BYTES = 12 * 1024
+"""What a sender may use of the 64 headers and 16 KiB that can be sent: the broker and we add to them."""
+_ADDED = ("ob-", "x-death", "x-delivery-count", "x-first-death-", "x-last-death-")
 
 
 class Route:
@@ -33,7 +38,8 @@ class Work:
     """A delivery on its way through a consumer."""
 
     __slots__ = (
-        "attempt", "crowded", "event", "failures", "first_failed_at", "hash", "id", "incoming", "key", "not_before", "route", "solo", "state",
+        "attempt", "claim", "crowded", "error", "event", "failures", "first_failed_at", "hash", "id", "incoming", "key", "not_before", "route",
+        "solo", "state", "yields",
     )  # fmt: skip
 
     event: Event
@@ -47,6 +53,10 @@ class Work:
         self.attempt = 1
         self.failures = 0
         """How often a server was missing in a row: uncounted."""
+        self.claim: str | None = None
+        """The token under which its handler has run, while that could not be written down yet."""
+        self.error: Exception | None = None
+        """What its last try failed with."""
         self.first_failed_at: float | None = None
         self.not_before: float | None = None
         self.hash = 0
@@ -54,6 +64,8 @@ class Work:
         """Run it alone: it shared a transaction that failed."""
         self.crowded = False
         """It has held back so many followers that the other keys would wait too."""
+        self.yields = False
+        """It has been failing for so long that it may be parked for the sake of other keys."""
 
     def read(self, routes: dict[str, Route], *, now_s: float, window_s: float) -> None:
         """Find the route, the id, the key and the event. Raises MessageError for what its handler can't read."""
@@ -61,13 +73,13 @@ class Work:
         topic = properties.type or self.incoming.routing_key.rpartition(".")[0]
         route = routes.get(topic)
         if route is None:
-            if properties.type is not None or len(routes) != 1:
+            if properties.type or len(routes) != 1:
                 raise MessageError("unknown-topic", f"topic {topic[:120]!r} is not handled by this queue ({', '.join(routes)})")
             route = next(iter(routes.values()))
         self.route = route
         headers = properties.headers
-        if len(headers) > MOST_HEADERS:
-            raise MessageError("too-many-headers", f"the message has {len(headers)} headers; the limit is {MOST_HEADERS}")
+        if len(headers) > 16 or len(self.incoming.raw) > MOST_HEADER_BYTES:
+            _check_size(headers)
         self.id = _event_id(properties.message_id)
         made_ms = uuid7_time_ms(self.id)
         if made_ms is not None and made_ms / 1000 < now_s - window_s:
@@ -80,15 +92,28 @@ class Work:
         if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 <= attempt < 1_000_000:
             raise MessageError("malformed-attempt", f"header {ATTEMPT} is {str(attempt)[:40]!r}, not a count")
         self.attempt = attempt + 1
-        first = headers.get(FIRST_FAILED_AT)
-        self.first_failed_at = float(first) if isinstance(first, (int, float)) else None
-        not_before = headers.get(NOT_BEFORE)
-        self.not_before = float(not_before) if isinstance(not_before, (int, float)) and not_before > now_s + 0.5 else None
+        self.first_failed_at = _time(headers.get(FIRST_FAILED_AT))
+        not_before = _time(headers.get(NOT_BEFORE))
+        is_ahead = not_before is not None and now_s + 0.5 < not_before < now_s + LONGEST_DELAY_S + 86_400
+        self.not_before = not_before if is_ahead else None
         self.event = route.decoder.decode(self.incoming.body, properties.content_type)
         self.hash = body_hash(self.incoming.body)
 
     def take(self, taken: Step) -> None:
         self.state = step(self.state, taken)
+
+
+def _time(value: HeaderValue) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _check_size(headers: Headers) -> None:
+    sent = {name: value for name, value in headers.items() if not name.startswith(_ADDED)}
+    if len(sent) > MOST_HEADERS:
+        raise MessageError("too-many-headers", f"the message has {len(sent)} headers; the limit is {MOST_HEADERS}")
+    size_bytes = header_bytes(sent)
+    if size_bytes > MOST_HEADER_BYTES:
+        raise MessageError("headers-too-large", f"the headers take {size_bytes} bytes; the limit is {MOST_HEADER_BYTES}")
 
 
 def _event_id(text: str | None) -> UUID:
@@ -187,10 +212,15 @@ class KeyOrder(AnyOrder):
         else:
             del self._lanes[work.key]
 
+    def wait(self, work: Work, until: float) -> None:
+        super().wait(work, until)
+        if work.key is not None and len(self._lanes.get(work.key, ())) > self._most_followers:
+            self._crowd_out(work.key)
+
     def _crowd_out(self, key: str) -> None:
-        """A key's followers may not fill the prefetch: its waiting head comes out now, to be parked."""
+        """A key's followers may not fill the prefetch: its waiting head comes out now, to be parked, if it has failed for long."""
         for entry in self._waiting:
-            if entry[2].key == key:
+            if entry[2].key == key and entry[2].yields:
                 entry[2].crowded = True
                 self._ready.append(entry[2])
                 self._waiting.remove(entry)
