@@ -6,6 +6,7 @@ HANDLED, DUPLICATE, or the exception that it failed with. An exception out of `r
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -15,9 +16,12 @@ import anyio
 from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.policy import RetryLater
 from orderbus._core.work import Work, by_key, check_tx_result
+from orderbus._runtime.calling import no_stray_cancellation
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Claims, ClaimState, InboxEntry, Store, Verdict
-from orderbus.errors import HandlerTimeout, MessageError, UsageError
+from orderbus.errors import HandlerTimeout, MessageError, UnavailableError, UsageError
+
+log = logging.getLogger("orderbus.guard")
 
 HANDLED: Final = "handled"
 DUPLICATE: Final = "duplicate"
@@ -68,7 +72,8 @@ class Caller:
 
     async def _one(self, work: Work, tx: Tx | None, deadline: float) -> None:
         handler = work.route.handler
-        result = await handler.function(*self._arguments(work, work.event, tx, deadline))
+        with no_stray_cancellation(handler.place):
+            result = await handler.function(*self._arguments(work, work.event, tx, deadline))
         if result is not None:
             events = check_tx_result(result, handler.place)
             if tx is None:
@@ -81,7 +86,8 @@ class Caller:
     async def _batch(self, works: Sequence[Work], tx: Tx | None, deadline: float) -> list[Outcome]:
         batch = Batch([Item(work.event, delivery_of(work, deadline)) for work in works])
         handler = works[0].route.handler
-        result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
+        with no_stray_cancellation(handler.place):
+            result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
         for event in check_tx_result(result, handler.place):
             if tx is None:
                 raise UsageError(f"{handler.place}: returned an event, but it runs without a database, so there is no outbox")
@@ -166,42 +172,77 @@ class ClaimsGuard:
         self._keep_ms = int(keep_s * 1000)
 
     async def run(self, works: Sequence[Work]) -> list[Outcome]:
-        token = secrets.token_hex(16)
-        keys = [f"inbox:{work.route.handler.consumer}:{work.id}" for work in works]
-        lease_s = max(work.route.handler.options.timeout_s for work in works) + CLAIM_MARGIN_S
-        answers = await self._claims.claim(
-            [(key, str(work.hash)) for key, work in zip(keys, works, strict=True)], token, int(lease_s * 1000)
-        )
-        outcomes: list[Outcome] = []
-        for work, answer in zip(works, answers, strict=True):
-            if answer.state is ClaimState.DONE:
-                outcomes.append(DUPLICATE)
-            elif answer.state is ClaimState.IN_PROGRESS:
-                outcomes.append(RetryLater(CLAIM_BUSY_WAIT_S, counted=False))
-            elif answer.state is ClaimState.MISMATCH:
-                outcomes.append(MessageError("id-reused", f"event {work.id} was handled before with another body"))
-            else:
-                outcomes.append(HANDLED)
-        granted = [n for n, answer in enumerate(answers) if answer.state is ClaimState.GRANTED]
+        outcomes: dict[int, Outcome] = {}
+        for work in works:
+            if work.claim is not None:  # its handler has run; only the answer is missing
+                await self._complete([work], work.claim)
+                outcomes[id(work)] = HANDLED
+        granted, token = await self._claim([work for work in works if work.claim is None], outcomes)
         results: list[Outcome | None] = [None] * len(granted)
         try:
             if granted:
-                await self._caller.apart([works[n] for n in granted], results)
+                await self._caller.apart(granted, results)
         finally:
             with anyio.CancelScope(shield=True):
-                await self._close([(keys[n], result) for n, result in zip(granted, results, strict=True)], token)
-        for n, result in zip(granted, results, strict=True):
+                await self._close(granted, results, token)
+        for work, result in zip(granted, results, strict=True):
             assert result is not None
-            outcomes[n] = result
-        return outcomes
+            outcomes[id(work)] = result
+        return [outcomes[id(work)] for work in works]
 
-    async def _close(self, results: Sequence[tuple[str, Outcome | None]], token: str) -> None:
-        done = [(key, b"") for key, result in results if result == HANDLED]
-        if done:
-            await self._claims.complete(done, token, self._keep_ms)
-        failed = [key for key, result in results if result != HANDLED]
-        if failed:
-            await self._claims.release(failed, token)
+    async def _claim(self, works: Sequence[Work], outcomes: dict[int, Outcome]) -> tuple[list[Work], str]:
+        """Those that are ours now; the others have their outcome."""
+        token = secrets.token_hex(16)
+        first: dict[str, Work] = {}
+        for work in works:
+            if first.setdefault(_claim_key(work), work) is not work:
+                outcomes[id(work)] = _busy()  # twice in one unit: the first one decides
+        if not first:
+            return [], token
+        lease_s = max(work.route.handler.options.timeout_s for work in works) + CLAIM_MARGIN_S
+        answers = await self._claims.claim([(key, str(work.hash)) for key, work in first.items()], token, int(lease_s * 1000))
+        granted = []
+        for work, answer in zip(first.values(), answers, strict=True):
+            if answer.state is ClaimState.GRANTED:
+                granted.append(work)
+            elif answer.state is ClaimState.DONE:
+                outcomes[id(work)] = DUPLICATE
+            elif answer.state is ClaimState.IN_PROGRESS:
+                outcomes[id(work)] = _busy()
+            else:
+                outcomes[id(work)] = MessageError("id-reused", f"event {work.id} was handled before with another body")
+        return granted, token
+
+    async def _close(self, works: Sequence[Work], results: list[Outcome | None], token: str) -> None:
+        """Write down what was done, give up the rest. What can't be written down now is: not by calling the handler again."""
+        done = [work for work, result in zip(works, results, strict=True) if result == HANDLED]
+        failed = [work for work, result in zip(works, results, strict=True) if result != HANDLED]
+        try:
+            if done:
+                await self._complete(done, token)
+        except UnavailableError as error:
+            for n, work in enumerate(works):
+                if results[n] == HANDLED:
+                    work.claim, results[n] = token, error
+        try:
+            if failed:
+                await self._claims.release([_claim_key(work) for work in failed], token)
+        except UnavailableError as error:
+            log.warning("%d claims can't be given up now and run out by themselves: %s", len(failed), error)
+
+    async def _complete(self, works: Sequence[Work], token: str) -> None:
+        kept = await self._claims.complete([(_claim_key(work), b"") for work in works], token, self._keep_ms)
+        for work, was_ours in zip(works, kept, strict=True):
+            if not was_ours:
+                log.error("event %s: the claim of %s ran out before it was done", work.id, work.route.handler.consumer)
+
+
+def _busy() -> RetryLater:
+    return RetryLater(CLAIM_BUSY_WAIT_S, counted=False)
+
+
+def _claim_key(work: Work) -> str:
+    return f"inbox:{work.route.handler.consumer}:{work.id}"
 
 
 class NoGuard:
