@@ -16,15 +16,16 @@ import anyio
 import msgspec
 
 from orderbus._core.delivery import Delivery, State, Step
-from orderbus._core.leaving import parked_message, retry_message
+from orderbus._core.handler import ORDERED_RETRY_LIMIT_S
+from orderbus._core.leaving import error_text, parked_message, retry_message
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
-from orderbus._core.policy import Again, Parked, backoff_s, decide
+from orderbus._core.policy import Again, Parked, backoff_s, bare, decide
 from orderbus._core.topology import QueueNeed, Topology
 from orderbus._core.work import AnyOrder, KeyOrder, Route, Work
 from orderbus._runtime.guard import DUPLICATE, HANDLED, Guard, delivery_of
 from orderbus._runtime.stats import Stats
 from orderbus.abc import Broker, Subscription
-from orderbus.errors import InvariantError, MessageError, TransientError, UnavailableError
+from orderbus.errors import MessageError, TransientError, UnavailableError, UsageError
 
 log = logging.getLogger("orderbus.consumer")
 
@@ -33,6 +34,11 @@ LOST_SESSION_GRACE_S = 5.0
 SOLO_AFTER = 3
 """A unit that failed this often for want of a server is taken apart: one member may be what drives it away."""
 PUBLISH_TRIES = 10
+PACE_S = 0.01
+"""A busy worker begins a unit that is not full this long after its last one began: with it, the units of a loaded service fill
+up instead of costing a transaction for every few messages. A worker that was idle begins at once."""
+PATIENCE_S = 2.0
+"""For so long the head of a key may be retried while its followers fill the prefetch, and so hold up other keys."""
 FINAL_STEPS = {Step.FINISH: Settlement.ACK, Step.GIVE_BACK: Settlement.RELEASE, Step.REJECT: Settlement.REJECT}
 
 
@@ -77,6 +83,7 @@ class Consumer:
         """Consume until drained, coming back after every loss. Raises only what no waiting can mend."""
         failures = 0
         while not self._stopping.is_set():
+            session: _Session | None = None
             try:
                 if failures:
                     await self._env.broker.apply(self._env.topology)
@@ -86,10 +93,10 @@ class Consumer:
                         return
                     self.consuming.set()
                     await session.run()
-                    if session.received:
-                        failures = 0
             except UnavailableError as error:
                 log.warning("queue %s: %s; coming back", self.queue, error)
+            if session is not None and session.received:
+                failures = 0
             if self._stopping.is_set():
                 return
             failures += 1
@@ -127,6 +134,7 @@ class _Session:
         self._receiving = anyio.CancelScope()
         self._working = anyio.CancelScope()
         self._closed = False
+        self._closing = anyio.Event()
         self._lost = False
         self.running = 0
         self.received = False
@@ -172,6 +180,7 @@ class _Session:
         """Begin nothing more. On a drain, plain queues give back what has not begun; an ordered one lets the closing
         channel give everything back at once, for each message given back singly would overtake those still running."""
         self._closed = True
+        self._closing.set()
         if not self._lost and not self._c._ordered:
             await self._subscription.pause()
         for work in self._intake.drain():
@@ -182,14 +191,22 @@ class _Session:
     # Workers
 
     async def _worker(self) -> None:
+        fuse = self._c._fuse
+        next_at = 0.0
         while not self._closed:
-            unit = self._intake.take(self._c._fuse)
+            ready = self._intake.ready()
+            if fuse > 1 and 0 < ready < fuse and (early_s := next_at - anyio.current_time()) > 0:
+                with anyio.move_on_after(early_s):
+                    await self._closing.wait()
+                continue
+            unit = self._intake.take(fuse)
             if not unit:
                 event = anyio.Event()
                 self._idle.append(event)
                 await event.wait()
                 continue
             self.running += len(unit)
+            next_at = anyio.current_time() + PACE_S
             try:
                 await self._unit(unit)
             except BaseException:
@@ -227,7 +244,7 @@ class _Session:
         for work in unit:
             work.take(Step.START)
             if work.crowded:
-                leaving.append(self._park(work, "held-up-others", None))
+                leaving.append(self._park(work, "held-up-others", work.error))
                 continue
             try:
                 if not work.solo:
@@ -241,9 +258,10 @@ class _Session:
             readable.append(work)
         for guard, works in self._by_guard(readable):
             await self._attempt(guard, works, leaving)
+        self._wake_workers()
         if leaving:
             await self._leave(leaving)
-        self._wake_workers()
+            self._wake_workers()
 
     def _by_guard(self, works: Sequence[Work]) -> list[tuple[Guard, list[Work]]]:
         if not works:
@@ -258,7 +276,7 @@ class _Session:
         try:
             outcomes = await self._guarded(guard, works)
         except Exception as error:  # the policy decides, as for every exception of a handler
-            if len(works) > 1 and not isinstance(error, UnavailableError):
+            if len(works) > 1 and not isinstance(bare(error), UnavailableError):
                 for work in works:
                     work.solo = True
                     await self._attempt(guard, [work], leaving)
@@ -292,17 +310,19 @@ class _Session:
             call = _around(middleware, deliveries, call)
         await call()
         if not outcomes:
-            raise InvariantError("a middleware returned without having called `call_next`")
+            raise UsageError("a middleware returned without having called `call_next`")
         return outcomes
 
     def _failed(self, work: Work, error: Exception, leaving: list[tuple[Work, Outgoing]]) -> None:
         handler = work.route.handler
+        work.error = error = bare(error)
+        work.yields = False
         if isinstance(error, UnavailableError):
             work.failures += 1
             work.solo = work.solo or work.failures >= SOLO_AFTER
             self._stats.waited += 1
             delay_s = 0.0 if isinstance(error, TransientError) else backoff_s(work.failures, jitter=self._env.rng.random())
-            log.warning("%s: event %s: %s; again in %.1f s", handler.consumer, work.id, error, delay_s)
+            log.warning("%s: event %s: %s; again in %.1f s", handler.consumer, work.id, _brief(error), delay_s)
             self._wait(work, delay_s)
             return
         self._stats.failed += 1
@@ -325,8 +345,11 @@ class _Session:
     def _wait_again(self, work: Work, decision: Again) -> None:
         if decision.counted:
             work.attempt += 1
+            failing_s = self._env.clock() - (work.first_failed_at or 0.0)
+            work.yields = failing_s + decision.delay_s >= PATIENCE_S
+        work.failures = 0
         work.solo = True
-        self._wait(work, decision.delay_s)
+        self._wait(work, min(decision.delay_s, ORDERED_RETRY_LIMIT_S))
 
     def _wait(self, work: Work, delay_s: float) -> None:
         work.take(Step.WAIT)
@@ -378,7 +401,7 @@ class _Session:
                 return
             leaving = left
             await anyio.sleep(backoff_s(tries, jitter=self._env.rng.random()))
-            if any(receipt is Receipt.UNROUTABLE for receipt in receipts):
+            if any(receipt in (Receipt.UNROUTABLE, Receipt.UNKNOWN) for receipt in receipts):
                 await self._reapply()
         for work, outgoing in leaving:
             log.error("queue %s: message %s can't be moved to %s", self._c.queue, _name(work.incoming), outgoing.routing_key)
@@ -409,4 +432,4 @@ def _name(incoming: Incoming) -> str:
 
 
 def _brief(error: BaseException | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {str(error)[:200]}"
+    return "" if error is None else f"{type(error).__name__}: {error_text(error)[:200]}"
