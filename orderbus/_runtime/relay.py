@@ -51,6 +51,7 @@ class Relay:
         self._empty_reads = 0
         self._wake = anyio.Event()
         self._stopping = False
+        self._stopped = anyio.Event()
 
     def wake(self) -> None:
         """Something was committed in this process: look now. Cheap, and harmless when there is nothing."""
@@ -59,6 +60,7 @@ class Relay:
     def stop(self) -> None:
         """Finish the batch under way, give the buckets back, end."""
         self._stopping = True
+        self._stopped.set()
         self._wake.set()
 
     async def run(self) -> None:
@@ -73,7 +75,7 @@ class Relay:
             except UnavailableError as error:
                 failures += 1
                 log.warning("the outbox waits: %s", error)
-                await self._sleep(backoff_s(failures, jitter=self._rng.random()))
+                await self._pause(backoff_s(failures, jitter=self._rng.random()))
                 continue
             self._empty_reads = 0 if found else self._empty_reads + 1
             if found >= self._batch // 2:
@@ -89,8 +91,10 @@ class Relay:
                 log.warning("the buckets can't be given back, their lease runs out in %g s: %s", self._lease_s, error)
 
     async def _pause(self, seconds: float) -> None:
-        if seconds > 0 and not self._stopping:
-            await anyio.sleep(seconds)
+        """Wait whatever is committed meanwhile; only a stop ends it early."""
+        if seconds > 0:
+            with anyio.move_on_after(seconds):
+                await self._stopped.wait()
 
     async def _sleep(self, seconds: float) -> None:
         if seconds <= 0 or self._stopping:
