@@ -83,8 +83,9 @@ class DeadLetters:
         """The oldest `limit` wanted letters of a dead letter queue. They stay in it, in their order.
 
         To see the next letter one must hold the ones before it: at most `hold` (1 to 65,535) are held, and kept in memory,
-        and the rest stays out of sight. While they are held, a second look finds only what is left. Cancelled, it has taken
-        nothing. Raises UsageError where there is no such queue, or it keeps no dead letters; UnavailableError.
+        and the rest stays out of sight. While they are held, and for a moment after (a quorum queue takes them back when it
+        notices that the channel is gone), a second look finds only what is left. Cancelled, it has taken nothing. Raises
+        UsageError where there is no such queue, or it keeps no dead letters; UnavailableError.
         """
         found: list[Parked] = []
         async with self._look(queue, hold) as look:

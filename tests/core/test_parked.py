@@ -1,0 +1,117 @@
+"""What a dead letter says of itself, whatever a stranger wrote into it."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, strategies as st
+
+from orderbus._core.ids import uuid7
+from orderbus._core.leaving import ERROR, HANDLER, PARKED_AT, QUEUE, REASON
+from orderbus._core.message import ATTEMPT, Incoming, Properties
+from orderbus._core.parked import Parked, Wanted, is_dead_letter_queue, read_parked, refusal
+from orderbus.errors import MessageError
+
+ID = "0199f3c2-7b1e-7cc3-98c4-dc0c0c07398f"
+
+
+def delivery(
+    headers: dict[str, Any] | None = None, *, queue: str = "g.h.dlq", routing_key: str = "g.h.dlq", message_id: str | None = ID
+) -> Incoming:
+    properties = Properties(message_id=message_id, type="a.b", headers=headers or {})
+    return Incoming(queue=queue, exchange="", routing_key=routing_key, body=b"{}", tag=1, epoch=1, properties=properties)
+
+
+def letter(**fields: Any) -> Parked:
+    return Parked(**{"queue": "g.h.dlq", "origin": "g.h", "reason": "broken", "body": b"", "event_id": ID, **fields})
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from([REASON, ERROR, HANDLER, QUEUE, PARKED_AT, ATTEMPT, "x-death", "ob-raw-properties", "ob-key", "other"])
+
+
+@given(headers=st.dictionaries(names, values), queue=st.sampled_from(["g.h.dlq", "ob.lost"]))
+def test_no_header_of_a_stranger_stops_a_listing(headers: dict[str, Any], queue: str) -> None:
+    found = read_parked(delivery(headers, queue=queue))
+    assert found.reason
+    assert found.event_id == ID
+    Wanted(reasons=("x",), since_s=0.0).matches(found)
+
+
+def test_unreadable_properties_are_a_letter_with_its_raw_bytes() -> None:
+    def fail(raw: bytes) -> Properties:
+        raise MessageError("malformed-properties", "no")
+
+    raw = Incoming(queue="g.h.dlq", exchange="", routing_key="", body=b"b", tag=1, epoch=1, raw=b"\xff", decode=fail)
+    found = read_parked(raw)
+    assert (found.reason, found.raw_properties, found.body, found.event_id) == ("malformed-properties", b"\xff", b"b", None)
+    assert (refusal(found, now_s=0) or "").startswith("its properties could not be read")
+
+
+@pytest.mark.parametrize(
+    ("headers", "queue", "origin", "reason"),
+    [
+        ({REASON: "broken", QUEUE: "forged"}, "g.h.dlq", "g.h", "broken"),
+        ({"x-death": [{"reason": "delivery_limit", "queue": "g.h", "time": 7}]}, "g.h.dlq", "g.h", "delivery-limit"),
+        ({}, "g.h.dlq", "g.h", "unknown"),
+        ({"x-death": [{"reason": "expired", "queue": "ob.retry.1000ms"}]}, "ob.lost", "gone.queue", "lost"),
+    ],
+)
+def test_where_it_came_from_and_why(headers: dict[str, Any], queue: str, origin: str, reason: str) -> None:
+    found = read_parked(delivery(headers, queue=queue, routing_key="gone.queue"))
+    assert (found.origin, found.reason) == (origin, reason)
+
+
+def test_the_broker_knows_when_it_buried_a_message() -> None:
+    assert read_parked(delivery({"x-death": [{"reason": "delivery_limit", "time": 7}]})).parked_at_s == 7.0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "matches"),
+    [
+        (Wanted(), True),
+        (Wanted(reasons=("other", "bro*")), True),
+        (Wanted(reasons=("bro",)), False),
+        (Wanted(reasons=("broken",), errors=("ValueError",)), False),
+        (Wanted(ids=(ID.upper(),)), True),
+        (Wanted(ids=(ID.replace("-", ""),)), True),
+        (Wanted(ids=("not-an-id",)), False),
+        (Wanted(since_s=5.0, before_s=11.0), True),
+        (Wanted(since_s=10.0, before_s=10.0), False),
+        (Wanted(since_s=10.5), False),
+    ],
+)
+def test_the_wanted_match_one_of_each_list(wanted: Wanted, matches: bool) -> None:
+    assert wanted.matches(letter(parked_at_s=10.0)) is matches
+
+
+def test_a_letter_without_a_time_is_neither_before_nor_since() -> None:
+    assert not Wanted(since_s=0.0).matches(letter())
+    assert not Wanted(before_s=1e12).matches(letter())
+
+
+@pytest.mark.parametrize(
+    ("queue", "is_one"), [("a.dlq", True), ("ob.lost", True), (".dlq", False), ("a", False), ("a.dlq.b", False)]
+)
+def test_only_dead_letter_queues_are_looked_into(queue: str, is_one: bool) -> None:
+    assert is_dead_letter_queue(queue) is is_one
+
+
+@pytest.mark.parametrize(
+    ("event_id", "age_s", "is_refused"),
+    [
+        (uuid7(1_000_000, 1), 50.0, False),
+        (uuid7(1_000_000, 1), 101.0, True),
+        (UUID("6f1ed002-ab5f-4e3c-9d0c-3a3b1f2d7a11"), 1e9, False),
+    ],
+)
+def test_an_event_older_than_the_window_is_refused_where_its_age_is_known(event_id: UUID, age_s: float, is_refused: bool) -> None:
+    why = refusal(letter(event_id=str(event_id)), now_s=1_000.0 + age_s, window_s=100.0)
+    assert (why is not None) is is_refused
+    assert refusal(letter(event_id=str(event_id)), now_s=1_000.0 + age_s) is None
