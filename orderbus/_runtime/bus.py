@@ -187,19 +187,23 @@ class Bus:
         periodics = self._periodic_plans()
         async with AsyncExitStack() as stack:
             resources = await stack.enter_async_context(Resources(self._resources))
-            self._engine = await stack.enter_async_context(
-                Engine(
-                    self.group,
-                    settings,
-                    plans,
-                    periodics=periodics,
-                    resources=resources.values,
-                    middleware=self._middleware,
-                    form=self._format,
-                    clock=self._clock,
-                    rng=random.Random(),
-                )
+            # Known before it is opened: the first message may be handled while others of its consumers still begin.
+            self._engine = Engine(
+                self.group,
+                settings,
+                plans,
+                periodics=periodics,
+                resources=resources.values,
+                middleware=self._middleware,
+                form=self._format,
+                clock=self._clock,
+                rng=random.Random(),
             )
+            try:
+                await stack.enter_async_context(self._engine)
+            except BaseException:
+                self._engine = None
+                raise
             self._stack = stack.pop_all()
         return self
 
@@ -268,7 +272,7 @@ class Bus:
     @property
     def draining(self) -> bool:
         """Whether the bus is closed or has begun to stop; a readiness probe answers no then."""
-        return self._engine is None or self._engine.draining
+        return self._stack is None or self._engine is None or self._engine.draining
 
     async def drain(self) -> None:
         """Begin the stop and wait until the started work is finished; `async with` does it on leaving."""

@@ -78,6 +78,10 @@ class Consumer:
         self._stopping = anyio.Event()
         self.consuming = anyio.Event()
         """Set once the queue is consumed for the first time."""
+        self.finished = 0
+        """Deliveries that it is done with: handled, or confirmed to be elsewhere."""
+        self.owes = False
+        """Whether some settlement may not have reached the broker yet."""
 
     async def run(self) -> None:
         """Consume until drained, coming back after every loss. Raises only what no waiting can mend."""
@@ -161,6 +165,7 @@ class _Session:
             raise lost
         with anyio.move_on_after(LOST_SESSION_GRACE_S, shield=True):
             await self._subscription.flush()
+            self._c.owes = False
 
     def stop(self) -> None:
         self._receiving.cancel()
@@ -364,6 +369,8 @@ class _Session:
     def _settle(self, work: Work, taken: Step) -> None:
         work.take(taken)
         self._subscription.settle(work.incoming, FINAL_STEPS[taken])
+        self._c.owes = True
+        self._c.finished += taken is Step.FINISH
         self._intake.done(work)
 
     def _give_back(self, work: Work) -> None:
@@ -371,6 +378,7 @@ class _Session:
         work.take(Step.GIVE_BACK)
         if not self._c._ordered:
             self._subscription.settle(work.incoming, Settlement.RELEASE)
+            self._c.owes = True
 
     def _park(self, work: Work, reason: str, error: Exception | None) -> tuple[Work, Outgoing]:
         read = work if hasattr(work, "route") else None

@@ -19,6 +19,7 @@ from orderbus._core.message import Receipt
 from orderbus._core.settings import Settings
 from orderbus._core.topology import topology_for
 from orderbus._core.work import Route, check_tx_result
+from orderbus._runtime.calling import no_stray_cancellation
 from orderbus._runtime.consumer import Consumer, Environment, Middleware
 from orderbus._runtime.group_commit import GroupCommit
 from orderbus._runtime.guard import Caller, ClaimsGuard, Guard, InboxGuard, NoGuard
@@ -84,12 +85,19 @@ class Engine:
         async with AsyncExitStack() as stack:
             await self._open_adapters(stack)
             await stack.enter_async_context(self._tasks)
+            failure: Exception | None = None
             try:
                 await self._start()
+            except Exception as error:
+                failure = error  # raised outside of the task group, which would wrap it in a group
+                self._tasks.cancel_scope.cancel()
             except BaseException:
                 self._tasks.cancel_scope.cancel()
                 raise
-            self._stack = stack.pop_all()
+            else:
+                self._stack = stack.pop_all()
+        if failure is not None:
+            raise failure
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -97,11 +105,11 @@ class Engine:
             await self.drain()
         finally:
             self._tasks.cancel_scope.cancel()
-            if isinstance(error, Exception):
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                await self._stack.__aexit__(kind, error, trace)
+            else:
                 # The caller's own error goes on as it is: given to the task group, it would come out wrapped in a group.
                 await self._stack.__aexit__(None, None, None)
-            else:
-                await self._stack.__aexit__(kind, error, trace)
 
     async def _open_adapters(self, stack: AsyncExitStack) -> None:
         settings = self._settings
@@ -202,7 +210,7 @@ class Engine:
         self.draining = True
         began = anyio.current_time()
         with anyio.CancelScope(shield=True):
-            running = sum(consumer.running for consumer, _ in self._consumers)
+            finished_before = sum(consumer.finished for consumer, _ in self._consumers)
             released_before = self.stats.released
             cancelled = await self._stop_consumers()
             if self._commits is not None:
@@ -211,14 +219,13 @@ class Engine:
                     await self._commits_done.wait()
             if self._relay is not None:
                 self._relay.stop()
-                with anyio.move_on_after(self._settings.grace_s) as relay_time:
+                with anyio.move_on_after(self._settings.grace_s):
                     await self._relay_done.wait()
-                cancelled += int(relay_time.cancelled_caught)
         self.receipt = DrainReceipt(
-            finished=max(running - cancelled, 0),
+            finished=sum(consumer.finished for consumer, _ in self._consumers) - finished_before,
             released=self.stats.released - released_before,
             cancelled=cancelled,
-            clean=cancelled == 0,
+            clean=cancelled == 0 and self._everything_ended() and not any(consumer.owes for consumer, _ in self._consumers),
             seconds=anyio.current_time() - began,
             stats=self.stats,
         )
@@ -239,6 +246,13 @@ class Engine:
             for _, done in self._consumers:
                 await done.wait()
         return cancelled
+
+    def _everything_ended(self) -> bool:
+        return (
+            all(done.is_set() for _, done in self._consumers)
+            and (self._commits is None or self._commits_done.is_set())
+            and (self._relay is None or self._relay_done.is_set())
+        )
 
     # Work for the bus
 
@@ -314,7 +328,7 @@ class Engine:
             if self.draining:
                 return
             try:
-                with anyio.fail_after(periodic.timeout_s):
+                with anyio.fail_after(periodic.timeout_s), no_stray_cancellation(periodic.place):
                     await self._once(periodic, plan)
             except Exception:  # the next round comes all the same; this one is rolled back
                 self.stats.failed += 1
@@ -322,7 +336,11 @@ class Engine:
 
     async def _once(self, periodic: Periodic, plan: Plan) -> None:
         if not plan.needs_tx:
-            await periodic.function(*(self._resources[kind] for kind in plan.arguments if isinstance(kind, type)))
+            result = await periodic.function(*(self._resources[kind] for kind in plan.arguments if isinstance(kind, type)))
+            if events := check_tx_result(result, periodic.place):
+                async with self.transaction() as tx:
+                    for event in events:
+                        tx.emit(event)
             return
         async with self.transaction() as tx:
             arguments = [tx if source == "tx" else self._resources[source] for source in plan.arguments]  # type: ignore[index]
