@@ -47,13 +47,19 @@ class PostgresOutbox:
         return plan
 
     async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
-        """Rows whose key has a stuck row are moved there too, behind it, so that the floor may pass them."""
+        """Rows whose key has a stuck row are moved there too, behind it: the floor would pass what a read leaves out.
+
+        For the same reason it reads on where a whole page had to be moved: an empty page says that nothing is left.
+        """
         async with self._connection() as connection:
-            cursor = await _cursor(connection).execute(_READ, (int2_array(buckets), floor, limit, limit_bytes), prepare=True)
-            found = await cursor.fetchall()
-            held = [row[2] for row in found if row[-1]]
-            if held:
-                await _cursor(connection).execute(_MOVE_BEHIND, (int8_array(held),), prepare=True)
+            while True:
+                cursor = await _cursor(connection).execute(_READ, (int2_array(buckets), floor, limit, limit_bytes), prepare=True)
+                found = await cursor.fetchall()
+                held = [row[2] for row in found if row[-1]]
+                if held:
+                    await _cursor(connection).execute(_MOVE_BEHIND, (int8_array(held),), prepare=True)
+                if len(held) < len(found) or not held:
+                    break
         rows = [_row(row[2:]) for row in found if row[2] is not None and not row[-1]]
         return OutboxPage(rows=rows, xmin=found[0][0], last_id=found[0][1])
 
