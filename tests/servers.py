@@ -44,7 +44,12 @@ class Rabbit:
         node = ["-n", self._node] if self._node else []
         home = {"HOME": self._home} if self._home else {}
         done = subprocess.run(
-            [program, "-q", *node, *arguments], env={**os.environ, **home}, capture_output=True, text=True, timeout=90, check=False
+            [program, "-q", *node, *arguments],
+            env={**os.environ, **home},
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
         )
         if done.returncode:
             raise Missing(f"rabbitmqctl {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
