@@ -6,10 +6,11 @@ A cancelled call cancels the task on the other side and waits for its end, so th
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.from_thread
@@ -41,74 +42,114 @@ T = TypeVar("T")
 class Portal:
     """A thread with an asyncio loop, called from trio."""
 
-    def __init__(self, inner: anyio.from_thread.BlockingPortal) -> None:
+    def __init__(self, inner: anyio.from_thread.BlockingPortal, loop: asyncio.AbstractEventLoop) -> None:
         self._inner = inner
+        self._loop = loop
         self._here = trio.lowlevel.current_trio_token()
 
     async def call(
         self, function: Callable[..., Awaitable[T]], *arguments: Any, undo: Callable[[T], Awaitable[object]] | None = None
     ) -> T:
-        """Run a coroutine function over there and wait for its result. Cancellation crosses too.
+        """Run a coroutine function over there and wait for its end. Cancellation crosses too.
 
         `undo` is given the result of a call that had succeeded when its caller was cancelled, so that nothing is left open.
         """
-        future: Future[T] = self._inner.start_task_soon(function, *arguments)
-        done = self._told(future)
+        crossing: _Crossing[T] = _Crossing(function, arguments)
+        self._inner.start_task_soon(crossing.run, self._here)
         try:
-            await done.wait()
+            await crossing.ended.wait()
         except BaseException:
-            future.cancel()
-            with anyio.CancelScope(shield=True):
-                await done.wait()
-                if undo is not None and not future.cancelled() and future.exception() is None:
-                    await self._told(self._inner.start_task_soon(undo, future.result())).wait()
+            await self._recall(crossing)
+            if undo is not None and crossing.has_result:
+                with anyio.CancelScope(shield=True):
+                    await self.call(undo, crossing.result)
             raise
-        try:
-            return future.result()
-        except CancelledError:
-            raise UsageError("the asyncio thread was stopped while a call was under way") from None
-
-    def _told(self, future: Future[Any]) -> anyio.Event:
-        done = anyio.Event()
-        future.add_done_callback(lambda _: self._here.run_sync_soon(done.set))
-        return done
+        return crossing.outcome()
 
     def soon(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Run a plain function over there, soon; nobody waits."""
-        self._inner.start_task_soon(function, *arguments)
+        """Run a plain function over there, soon; nobody waits. What it raises, that loop's exception handler logs."""
+        self._loop.call_soon_threadsafe(function, *arguments)
 
     @asynccontextmanager
     async def entered(self, manager: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-        """Enter a context manager over there, leave it in the same task."""
-        async with anyio.create_task_group() as hosts:
-            entered: Future[T] = Future()
-            leave = await self.call(_new_event)
+        """Enter a context manager over there, leave it in the same task. No task group of ours stands around the body."""
+        begun = anyio.Event()
+        entered: list[tuple[T, anyio.Event]] = []
 
-            async def host() -> None:
-                try:
-                    async with manager as value:
-                        entered.set_result(value)
-                        await leave.wait()
-                except BaseException as error:
-                    if not entered.done():
-                        entered.set_exception(error)
-                    raise
-
-            ready = self._told(entered)
-
-            async def hosted() -> None:
-                await self.call(host)
-
-            hosts.start_soon(hosted)
-            await ready.wait()
+        async def host() -> None:
             try:
-                yield entered.result()
+                async with manager as value:
+                    leave = anyio.Event()
+                    entered.append((value, leave))
+                    self._here.run_sync_soon(begun.set)
+                    await leave.wait()
             finally:
-                self.soon(leave.set)
+                self._here.run_sync_soon(begun.set)
+
+        crossing = _Crossing(host, ())
+        self._inner.start_task_soon(crossing.run, self._here)
+        try:
+            await begun.wait()
+            if not entered:
+                await crossing.ended.wait()
+        except BaseException:
+            await self._recall(crossing)
+            raise
+        if not entered:
+            crossing.outcome()
+        value, leave = entered[0]
+        try:
+            yield value
+        finally:
+            self.soon(leave.set)
+            with anyio.CancelScope(shield=True):
+                await crossing.ended.wait()
+            crossing.outcome()
+
+    async def _recall(self, crossing: _Crossing[Any]) -> None:
+        """Cancel what runs over there, and wait until it has ended: nothing runs on unseen."""
+        self.soon(crossing.cancel)
+        with anyio.CancelScope(shield=True):
+            await crossing.ended.wait()
 
 
-async def _new_event() -> anyio.Event:
-    return anyio.Event()
+class _Crossing(Generic[T]):
+    """One call over there: its cancel scope, and what became of it."""
+
+    def __init__(self, function: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> None:
+        self._function = function
+        self._arguments = arguments
+        self._scope: anyio.CancelScope | None = None
+        self._is_cancelled = False
+        self._error: Exception | None = None
+        self.result: Any = None
+        self.has_result = False
+        self.ended = anyio.Event()
+
+    async def run(self, caller: trio.lowlevel.TrioToken) -> None:
+        try:
+            with anyio.CancelScope() as self._scope:
+                if self._is_cancelled:
+                    self._scope.cancel()
+                self.result = await self._function(*self._arguments)
+                self.has_result = True
+        except Exception as error:  # the caller raises it
+            self._error = error
+        finally:
+            caller.run_sync_soon(self.ended.set)
+
+    def cancel(self) -> None:
+        """To be called over there."""
+        self._is_cancelled = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def outcome(self) -> T:
+        if self._error is not None:
+            raise self._error
+        if not self.has_result:
+            raise UsageError("the asyncio thread was stopped while a call was under way")
+        return cast(T, self.result)
 
 
 @asynccontextmanager
@@ -117,10 +158,14 @@ async def open_portal() -> AsyncIterator[Portal]:
     manager = anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": False})
     inner = await anyio.to_thread.run_sync(manager.__enter__)
     try:
-        yield Portal(inner)
+        yield Portal(inner, await anyio.to_thread.run_sync(inner.call, _running_loop))
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(manager.__exit__, None, None, None)
+
+
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
 
 
 class PortalBroker:
@@ -149,7 +194,8 @@ class PortalSubscription:
     def __init__(self, portal: Portal, inner: Subscription) -> None:
         self._portal = portal
         self._inner = inner
-        self._settled: list[tuple[Incoming, Settlement]] = []
+        self._settled: deque[tuple[Incoming, Settlement]] = deque()
+        """Filled by this thread and emptied by the other: only its atomic ends are touched."""
         self._crossing = False
 
     async def receive(self) -> Sequence[Incoming]:
@@ -162,10 +208,9 @@ class PortalSubscription:
             self._portal.soon(self._cross)
 
     def _cross(self) -> None:
-        self._crossing = False
-        settled, self._settled = self._settled, []
-        for delivery, how in settled:
-            self._inner.settle(delivery, how)
+        self._crossing = False  # first: what is added from here on asks for a crossing of its own
+        while self._settled:
+            self._inner.settle(*self._settled.popleft())
 
     async def pause(self) -> None:
         await self._portal.call(self._inner.pause)
