@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
@@ -12,103 +13,102 @@ from uuid import UUID
 from orderbus import Bus, UnavailableError, new_id
 from services.orders_api import idempotency, openapi, orders
 from services.orders_api.http import JSON_HEADERS, Limits, answer, encode, read_body, refuse
-from services.orders_api.problem import Problem
+from services.orders_api.problem import Mistake, Problem
+from services.orders_api.validation import read_order
 
 log = logging.getLogger("orders_api")
 
 ROUTES = {"/orders": ("POST", "GET"), "/health": ("GET",), "/ready": ("GET",), "/openapi.json": ("GET",), "/docs": ("GET",)}
 ORDER = "/orders/"
+DATABASE_S = 2.0
 
 
 class App:
-    """Called by granian for each request."""
+    """Called by granian for each request. `keys.run()` must run beside it; `draining` turns /ready to no."""
 
     def __init__(self, bus: Bus, limits: Limits) -> None:
+        self.keys = idempotency.keys_of_bus()
+        self.draining = False
+        self.in_flight: set[asyncio.Task[Any]] = set()
         self._bus = bus
         self._limits = limits
         self._document = encode(openapi.document())
         self._page = openapi.page()
-        self._in_flight = 0
-        self._idle: asyncio.Future[None] | None = None
-        self.draining = False
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
-        if scope.proto != "http":
-            protocol.close(403)
-            return
-        self._in_flight += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.in_flight.add(task)
         try:
             await self._route(scope, protocol)
         except Problem as problem:
             refuse(protocol, problem)
         except UnavailableError as error:
             log.warning("%s %s: %s", scope.method, scope.path, error)
-            refuse(protocol, Problem(503, "the database can't take the request now; try again", headers=[("retry-after", "1")]))
+            refuse(protocol, _unavailable("the database can't take the request now; try again"))
+        except asyncio.CancelledError:
+            refuse(protocol, _unavailable("the service stopped before this was done; it may have been"))
+            raise
         except Exception:  # whatever it is, the client gets an answer and the log the story
             log.exception("%s %s failed", scope.method, scope.path)
             refuse(protocol, Problem(500, "something went wrong on our side; it is in the log"))
         finally:
-            self._in_flight -= 1
-            if self._idle is not None and not self._in_flight and not self._idle.done():
-                self._idle.set_result(None)
-
-    async def idle(self) -> None:
-        """Wait until no request is in flight."""
-        self._idle = asyncio.get_running_loop().create_future()
-        if self._in_flight:
-            await self._idle
+            self.in_flight.discard(task)
 
     async def _route(self, scope: Any, protocol: Any) -> None:
         method, path = scope.method, scope.path
         if path == "/orders" and method == "POST":
             await self._place(scope, protocol)
             return
-        allowed = ROUTES.get(path) or (("GET",) if path.startswith(ORDER) else None)
-        if allowed is None:
+        methods = ROUTES.get(path) or (("GET",) if path.startswith(ORDER) else None)
+        if methods is None:
             raise Problem(404, f"there is nothing at {path[:200]}; see /docs")
-        if method not in allowed and not (method == "HEAD" and "GET" in allowed):
-            raise Problem(405, f"{path[:200]} takes {', '.join(allowed)}", headers=[("allow", ", ".join(allowed))])
+        if method not in methods and not (method == "HEAD" and "GET" in methods):
+            allow = ", ".join([*methods, "HEAD", "OPTIONS"])
+            if method == "OPTIONS":
+                protocol.response_empty(204, [("allow", allow)])
+                return
+            raise Problem(405, f"{path[:200]} takes {allow}", headers=[("allow", allow)])
         if path.startswith(ORDER):
-            answer(protocol, 200, await orders.get(_uuid(path[len(ORDER) :], "the order's id")))
+            answer(protocol, 200, await orders.get(_order_id(path[len(ORDER) :])))
         else:
             await _GET[path](self, scope, protocol)
 
     async def _place(self, scope: Any, protocol: Any) -> None:
-        kind = scope.headers.get("content-type", "")
-        if kind.partition(";")[0].strip().lower() != "application/json":
+        headers = scope.headers
+        kind = headers.get("content-type", "")
+        if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
             raise Problem(415, "the body must be application/json", headers=[("accept-post", "application/json")])
-        header = scope.headers.get("idempotency-key")
-        key = None if header is None else idempotency.read_key(header)
+        if headers.get("content-encoding", "identity") != "identity":
+            raise Problem(415, "the body must not be compressed", headers=[("accept-encoding", "identity")])
+        given = headers.get_all("idempotency-key")
+        key = idempotency.read_key(given) if given else None
         body = await read_body(scope, protocol, self._limits)
-        order = orders.read_order(body)
+        order = read_order(body)
         order_id = new_id()
         if key is None:
-            placed = await orders.place(order_id, order, None)
-            answer(protocol, 201, placed, [*JSON_HEADERS, ("location", f"/orders/{placed.order_id}")])
-            return
-        placed, repeated = await idempotency.once(key, body, lambda stored: orders.place(order_id, order, stored))
-        headers = [*JSON_HEADERS, ("location", f"/orders/{placed.order_id}")]
-        answer(protocol, 201, placed, [*headers, ("idempotency-replayed", "true")] if repeated else headers)
+            placed, repeated = await orders.place(order_id, order, None), False
+        else:
+            placed, repeated = await self.keys.once(key, body, lambda row: orders.place(order_id, order, row))
+        extra = [("location", f"/orders/{placed.order_id}"), *([("idempotency-replayed", "true")] if repeated else [])]
+        answer(protocol, 201, placed, JSON_HEADERS + extra)
 
     async def _list(self, scope: Any, protocol: Any) -> None:
-        query = parse_qs(scope.query_string, keep_blank_values=True, max_num_fields=20)
-        for name in query:
-            if name not in ("customer", "limit", "after"):
-                raise Problem(400, f"there is no parameter {name[:80]!r}; there are customer, limit and after")
-        if "customer" not in query:
-            raise Problem(400, "the parameter `customer` is missing; give a customer's id")
-        text = query.get("limit", ["50"])[-1]
-        if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= orders.MOST_LISTED):
-            raise Problem(400, f"`limit` must be a whole number from 1 to {orders.MOST_LISTED}")
-        customer = _uuid(query["customer"][-1], "`customer`")
-        answer(protocol, 200, await orders.of_customer(customer, int(text), query.get("after", [None])[-1]))
+        answer(protocol, 200, await orders.of_customer(*_read_query(scope.query_string)))
 
     async def _health(self, scope: Any, protocol: Any) -> None:
         answer(protocol, 200, openapi.Health("alive"))
 
     async def _ready(self, scope: Any, protocol: Any) -> None:
+        """No while it drains, and while the database is away: a balancer may know a process that reaches it."""
         if self.draining or self._bus.draining:
             answer(protocol, 503, openapi.Health("draining"))
+            return
+        try:
+            async with asyncio.timeout(DATABASE_S), self._bus.transaction() as tx:
+                await tx.fetch_one("select 1")
+        except (UnavailableError, TimeoutError):
+            answer(protocol, 503, openapi.Health("no database"))
         else:
             answer(protocol, 200, openapi.Health("ready"))
 
@@ -128,8 +128,43 @@ _GET: dict[str, Callable[[App, Any, Any], Awaitable[None]]] = {
 }
 
 
-def _uuid(text: str, what: str) -> UUID:
+def _read_query(query: str) -> tuple[UUID, int, str | None]:
+    """The customer, how many, and after which. Raises Problem 422 that names every mistake."""
     try:
-        return UUID(text)
+        given = parse_qs(query, keep_blank_values=True, max_num_fields=20)
     except ValueError:
-        raise Problem(400, f"{what} is not a UUID: {text[:60]!r}") from None
+        raise Problem(400, "the query has too many parameters") from None
+    mistakes = []
+    for name, values in given.items():
+        if name not in ("customer", "limit", "after"):
+            mistakes.append(Mistake("there is no such parameter; there are customer, limit and after", parameter=name[:80]))
+        elif len(values) > 1:
+            mistakes.append(Mistake("is given more than once", parameter=name))
+    customer = _uuid(given.get("customer", [""])[0])
+    if customer is None:
+        mistakes.append(Mistake("must be given, and a UUID", parameter="customer"))
+    limit = given.get("limit", ["50"])[0]
+    if not (re.fullmatch("[0-9]{1,6}", limit) and 1 <= int(limit) <= orders.MOST_LISTED):
+        mistakes.append(Mistake(f"must be a whole number from 1 to {orders.MOST_LISTED}", parameter="limit"))
+    if mistakes or customer is None:
+        raise Problem(422, "the query is not valid; see errors", errors=mistakes)
+    return customer, int(limit), given.get("after", [None])[0]
+
+
+def _order_id(text: str) -> UUID:
+    found = _uuid(text)
+    if found is None:
+        raise Problem(422, "the order's id is not a UUID", errors=[Mistake("must be a UUID", parameter="order_id")])
+    return found
+
+
+def _uuid(text: str) -> UUID | None:
+    """Only as it is usually written: `UUID` itself takes braces, `urn:uuid:` and misplaced hyphens too."""
+    return UUID(text) if _UUID.fullmatch(text) else None
+
+
+_UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def _unavailable(detail: str) -> Problem:
+    return Problem(503, detail, headers=[("retry-after", "1")])

@@ -7,34 +7,42 @@ of its own: `await protocol()` took a body of 30 MiB, so bodies are read chunk b
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from services.orders_api.problem import PROBLEM_JSON, Problem
 
 Headers = list[tuple[str, str]]
 
-JSON_HEADERS: Headers = [("content-type", "application/json")]
+JSON_HEADERS: Headers = [("content-type", "application/json"), ("cache-control", "no-store")]
 
 encode = msgspec.json.Encoder().encode
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """ORDERS_API_BODY_BYTES and ORDERS_API_BODY_SECONDS: the largest body, and how long it may take to arrive."""
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may cost, and a stop. Each is `ORDERS_API_` + its name in the environment."""
 
-    body_bytes: int = 1_048_576
-    body_seconds: float = 10.0
+    body_bytes: Annotated[int, Meta(ge=1024)] = 1_048_576
+    """The largest body."""
+    body_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    """How long a body may take to arrive."""
+    head_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    """How long a request's head may take, and how long a kept-alive connection may rest."""
+    connections: Annotated[int, Meta(ge=128)] = 2048
+    """At most so many at once; others wait to be accepted."""
+    notice_seconds: Annotated[float, Meta(ge=0)] = 0.3
+    """How long a stop goes on serving after /ready says no, so that a balancer looks away first."""
+    stop_seconds: Annotated[float, Meta(gt=0)] = 1.5
+    """How long a stop then waits for requests in flight, before it cuts them off."""
 
 
 async def read_body(scope: Any, protocol: Any, limits: Limits) -> bytes:
-    """The body of a request. Raises Problem 413 over the cap, 408 over the time, 400 where its length is no number."""
+    """The body of a request. Raises Problem 413 over the cap (before reading, where Content-Length tells), 408 over the time."""
     declared = scope.headers.get("content-length")
-    if declared is not None:
-        if not declared.isdigit():
-            raise Problem(400, "Content-Length is not a number")
-        if int(declared) > limits.body_bytes:
-            raise _too_large(limits)
+    if declared is not None and int(declared) > limits.body_bytes:  # hyper lets only a 64-bit number through
+        raise _too_large(limits)
     chunks: list[bytes] = []
     size = 0
     try:
@@ -45,9 +53,7 @@ async def read_body(scope: Any, protocol: Any, limits: Limits) -> bytes:
                     raise _too_large(limits)
                 chunks.append(chunk)
     except TimeoutError:
-        raise Problem(
-            408, f"the body did not arrive within {limits.body_seconds:g} s", headers=[("connection", "close")]
-        ) from None
+        raise Problem(408, f"the body did not arrive within {limits.body_seconds:g} s", headers=[_CLOSE]) from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -58,8 +64,12 @@ def answer(protocol: Any, status: int, value: Any, headers: Headers = JSON_HEADE
 
 def refuse(protocol: Any, problem: Problem) -> None:
     """Send problem details."""
-    protocol.response_bytes(problem.status, [("content-type", PROBLEM_JSON), *problem.headers], encode(problem.details))
+    headers = [("content-type", PROBLEM_JSON), ("cache-control", "no-store"), *problem.headers]
+    protocol.response_bytes(problem.status, headers, encode(problem.details))
+
+
+_CLOSE = ("connection", "close")
 
 
 def _too_large(limits: Limits) -> Problem:
-    return Problem(413, f"the body is larger than {limits.body_bytes} bytes", headers=[("connection", "close")])
+    return Problem(413, f"the body is larger than {limits.body_bytes} bytes", headers=[_CLOSE])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from services.orders_api.orders import MOST_LISTED, NewOrder, Order, OrderList, PlacedOrder
+from services.orders_api.orders import CURSOR_PATTERN, MOST_LISTED, NewOrder, Order, OrderList, PlacedOrder
 from services.orders_api.problem import PROBLEM_JSON, TITLES, ProblemDetails
 
 
 class Health(msgspec.Struct, frozen=True):
     """Whether the process lives, or is ready for traffic."""
 
-    status: str
+    status: Literal["alive", "ready", "draining", "no database"]
 
 
 def document() -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _post() -> dict[str, Any]:
         "summary": "Place an order",
         "parameters": [key],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(NewOrder)}}},
-        "responses": {"201": placed, **_problems(400, 408, 409, 413, 415, 422, 503)},
+        "responses": {"201": placed, **_problems(400, 408, 409, 413, 415, 422, 500, 503)},
     }
 
 
@@ -64,9 +64,9 @@ def _list() -> dict[str, Any]:
         "parameters": [
             _query("customer", {"type": "string", "format": "uuid"}, required=True),
             _query("limit", {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 50}),
-            _query("after", {"type": "string"}),
+            _query("after", {"type": "string", "pattern": CURSOR_PATTERN}),
         ],
-        "responses": {"200": _json("A page", OrderList), **_problems(400, 503)},
+        "responses": {"200": _json("A page", OrderList), **_problems(400, 422, 500, 503)},
     }
 
 
@@ -76,7 +76,7 @@ def _get() -> dict[str, Any]:
         "operationId": "getOrder",
         "summary": "An order and its timeline",
         "parameters": [order_id],
-        "responses": {"200": _json("The order", Order), **_problems(400, 404, 503)},
+        "responses": {"200": _json("The order", Order), **_problems(404, 422, 500, 503)},
     }
 
 

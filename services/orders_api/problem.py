@@ -9,24 +9,26 @@ import msgspec
 PROBLEM_JSON = "application/problem+json"
 
 TITLES = {
-    400: "Bad request",
-    404: "Not found",
-    405: "Method not allowed",
-    408: "The body came too slowly",
-    409: "In progress",
-    413: "The body is too large",
-    415: "Unsupported media type",
-    422: "Not acceptable as it is",
-    500: "Internal error",
-    503: "Not available now",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
 }
+"""The words of RFC 9110, for a problem of the type about:blank means no more than its status; `detail` says the rest."""
 
 
-class Mistake(msgspec.Struct, frozen=True):
-    """One wrong field: a JSON pointer (RFC 6901) into the body, and what is wrong there."""
+class Mistake(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is wrong, and where: a JSON pointer into the body (RFC 6901, as a URI fragment), or the name of a parameter."""
 
-    pointer: str
     detail: str
+    pointer: str | None = None
+    parameter: str | None = None
 
 
 class ProblemDetails(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,33 +1,49 @@
-"""Serving: granian's embedded server on the bus's own loop, and a stop that drops no request."""
+"""Serving: granian's embedded server on the bus's own loop, and a stop within two seconds that drops no request."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
+import socket
 
 import anyio
 from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
 from granian.server.embed import Server
 
-from orderbus import Bus
+from orderbus import Bus, UsageError
 from services.orders_api.app import App
 from services.orders_api.http import Limits
 from services.shared.settings import from_environment
 
 log = logging.getLogger("orders_api")
 
-STOP_S = 5.0
-NOTICE_S = 0.2
-"""Between the readiness probe's no and the end of the listener, so that a balancer looks away first."""
+CUT_S = 0.1
 
 
 async def serve(bus: Bus, host: str, port: int, *, limits: Limits | None = None, stop: anyio.Event | None = None) -> None:
     """Serve until `stop` is set, or SIGTERM or SIGINT comes where it is not given. Leaving `async with bus` drains the bus afterwards.
 
-    First readiness says no, then requests in flight finish, then the listener ends.
+    First readiness says no, then the listener ends and requests in flight finish. Raises UsageError for a port that is taken.
     """
-    app = App(bus, limits or from_environment(Limits, "ORDERS_API_"))
+    limits = limits or from_environment(Limits, "ORDERS_API_")
+    _check_free(host, port)
+    app = App(bus, limits)
+    server = _server(app, host, port, limits)
+    async with asyncio.TaskGroup() as tasks:
+        keys = tasks.create_task(app.keys.run())
+        serving = tasks.create_task(_run(app, server))
+        try:
+            await (_signalled() if stop is None else stop.wait())
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _stop(app, server, serving, limits)
+                keys.cancel()
+
+
+def _server(app: App, host: str, port: int, limits: Limits) -> Server:
     server = Server(
         app,
         address=host,
@@ -35,34 +51,35 @@ async def serve(bus: Bus, host: str, port: int, *, limits: Limits | None = None,
         interface=Interfaces.RSGI,
         http=HTTPModes.http1,
         websockets=False,
-        backlog=1024,
-        backpressure=1024,
-        log_enabled=False,
+        backlog=limits.connections,
+        backpressure=limits.connections,
+        http1_settings=HTTP1Settings(header_read_timeout=int(limits.head_seconds * 1000)),
+        log_level=LogLevels.error,
+        # Incremental: a whole configuration, granian's default, closes the handlers of everybody else in the process.
+        log_dictconfig={"version": 1, "incremental": True, "handlers": {}, "loggers": {}},
     )
-    serving = asyncio.create_task(server.serve(), name="orders-api")
-    log.info("the Orders API listens on http://%s:%d", host, port)
-    try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_ended, serving)
-            if stop is None:
-                await _signalled()
-            else:
-                await stop.wait()
-            tasks.cancel_scope.cancel()
-        app.draining = True
-        await anyio.sleep(NOTICE_S)
-        with anyio.move_on_after(STOP_S):
-            await app.idle()
-    finally:
-        server.stop()  # type: ignore[no-untyped-call]
-        with anyio.move_on_after(STOP_S, shield=True):
-            await asyncio.wait([serving])
+    server.on_startup(lambda: log.info("the Orders API listens on http://%s:%d", host, port))
+    return server
+
+
+async def _run(app: App, server: Server) -> None:
+    await server.serve()
+    if not app.draining:
+        raise RuntimeError("the HTTP server ended by itself")
+
+
+async def _stop(app: App, server: Server, serving: asyncio.Task[None], limits: Limits) -> None:
+    """Say no, then finish, then cut off."""
+    app.draining = True
+    await asyncio.wait([serving], timeout=limits.notice_seconds)
+    server.stop()  # type: ignore[no-untyped-call]  # ends the listener and idle connections; requests in flight are answered
+    await asyncio.wait([serving], timeout=limits.stop_seconds)
+    if not serving.done():
+        log.warning("the stop cuts off %d requests, and connections that sent half a head", len(app.in_flight))
+        for request in app.in_flight:
+            request.cancel()
+        await asyncio.wait([serving], timeout=CUT_S)
         serving.cancel()
-
-
-async def _ended(serving: asyncio.Task[None]) -> None:
-    await asyncio.wait([serving])
-    raise RuntimeError("the HTTP server ended by itself; is the port taken?") from serving.exception()
 
 
 async def _signalled() -> None:
@@ -70,3 +87,15 @@ async def _signalled() -> None:
         async for number in signals:
             log.info("received %s: draining", signal.Signals(number).name)
             return
+
+
+def _check_free(host: str, port: int) -> None:
+    """granian listens with SO_REUSEPORT: beside another server it would get every second connection, and nobody would know."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"can't listen on {host}:{port}: {error.strerror}; set ORDERS_API_HOST and ORDERS_API_PORT"
+            ) from error
