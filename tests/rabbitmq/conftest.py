@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
@@ -58,9 +59,12 @@ def private_rabbit() -> Iterator[Rabbit]:
     """A node that a test may block or kill."""
     with ExitStack() as stack:
         try:
-            yield start_rabbit(stack)
+            node = start_rabbit(stack)
         except Missing as error:
+            if os.environ.get("CI"):
+                pytest.fail(f"a server is missing, and CI may not skip: {error}", pytrace=False)
             pytest.skip(f"SERVER MISSING: {error}")
+        yield node
 
 
 async def have_closed(rabbit: Rabbit, vhost_url: str, name: str) -> None:

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit, urlunsplit
 import anyio
 import pytest
 
+from orderbus._core.message import Outgoing, Receipt
+from orderbus._core.topology import Queue, Topology
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.adapters.rabbitmq.address import parse_address
 from orderbus.errors import UnavailableError, UsageError
@@ -94,6 +96,40 @@ async def test_a_server_that_speaks_http_is_recognised() -> None:
     async with await serve(b"HTTP/1.1 400 Bad Request\r\n\r\n") as server:
         port = server.sockets[0].getsockname()[1]
         assert "not AMQP 0-9-1" in await refused(f"amqp://guest:guest@127.0.0.1:{port}/")
+
+
+@pytest.mark.servers
+async def test_nothing_runs_on_after_the_end(vhost_url: str) -> None:
+    before = asyncio.all_tasks()
+    async with open_broker(vhost_url, name="test") as broker:
+        assert await broker.publish([Outgoing("", "nowhere", b"", "m", "t")]) == [Receipt.UNROUTABLE]
+        await broker.apply(Topology(queues=(Queue("ends", delivery_limit=1),)))
+        async with broker.subscribe("ends", prefetch=5):
+            pass
+        assert broker._publishing is not None
+        broker._publishing.abort("cut by the test")
+        assert await broker.publish([Outgoing("", "nowhere", b"", "m", "t")]) == [Receipt.UNROUTABLE]
+    await anyio.wait_all_tasks_blocked()
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("step", range(0, 60, 3))
+async def test_a_connect_cancelled_at_any_step_leaves_nothing_behind(vhost_url: str, step: int) -> None:
+    before = asyncio.all_tasks()
+    task = asyncio.create_task(hold_open(vhost_url))
+    for _ in range(step):
+        await anyio.lowlevel.checkpoint()
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    await anyio.wait_all_tasks_blocked()
+    assert asyncio.all_tasks() == before
+
+
+async def hold_open(url: str) -> None:
+    async with open_broker(url, name="test"):
+        await anyio.sleep_forever()
 
 
 async def test_a_cancelled_connect_leaves_nothing_behind() -> None:

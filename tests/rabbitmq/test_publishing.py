@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Any
 
 import anyio
 import pytest
@@ -16,7 +17,7 @@ from tests.servers import Rabbit
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
 
-def message(place: Place, body: bytes = b"", *, key: str = Place.key, message_id: str = "m", **fields: object) -> Outgoing:
+def message(place: Place, body: bytes = b"", *, key: str = Place.key, message_id: str = "m", **fields: Any) -> Outgoing:
     return Outgoing(place.exchange, key, body, message_id, "test", **fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,8 @@ from pamqp.heartbeat import Heartbeat
 
 from orderbus.adapters.rabbitmq.content import ConnectionSink, DeliverySink
 from orderbus.adapters.rabbitmq.fields import decode_properties
-from orderbus.adapters.rabbitmq.frames import FrameError, FrameSplitter
+from orderbus.adapters.rabbitmq.frames import HEARTBEAT_FRAME, FrameError, FrameSplitter
+from orderbus.adapters.rabbitmq.transport import SplitProtocol
 from orderbus.errors import MessageError
 
 CONTENT, OTHER = 3, 1
@@ -152,6 +154,24 @@ def test_a_cancelled_consumer_is_seen_by_both_and_its_channel_lives() -> None:
     assert received.sink.cancelled is not None
     assert received.sink.failure is None
     assert CONTENT in received.splitter.routes
+
+
+@pytest.mark.anyio
+async def test_content_alone_keeps_aiormq_s_clock_of_liveness_going() -> None:
+    splitter, reader = FrameSplitter(), asyncio.StreamReader()
+    splitter.routes[CONTENT] = DeliverySink("q", 1, decode_properties, lambda: None)
+    protocol = SplitProtocol(reader, splitter, lambda reason: None)
+    protocol.is_ready = True
+    now = protocol._fed_at
+    protocol._now = lambda: now
+    content = delivery(1, b"x" * 100)
+    protocol.data_received(content)
+    now += 2
+    protocol.data_received(content[:50])  # the cut is ours: what aiormq reads are whole frames
+    protocol.data_received(content[50:])
+    assert await reader.readexactly(8) == HEARTBEAT_FRAME
+    protocol.data_received(DECLARED)
+    assert await reader.readexactly(len(DECLARED)) == DECLARED
 
 
 def test_channel_zero_is_overheard() -> None:

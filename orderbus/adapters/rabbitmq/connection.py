@@ -59,11 +59,12 @@ class Connection:
             if self.lost is not None and self.lost.startswith("what the broker sent"):
                 detail = self.lost
             raise UnavailableError(f"can't connect to RabbitMQ at {self.address.shown}: {detail}") from failure
+        else:
+            assert self._transport.protocol is not None
+            self._transport.protocol.is_ready = True
         finally:
-            if not self._control.is_opened:
-                self._transport.abort()
-        assert self._transport.protocol is not None
-        self._transport.protocol.is_ready = True
+            if self._transport.protocol is None or not self._transport.protocol.is_ready:
+                self.abort("connecting failed or was cancelled")
 
     async def open_channel(self, make_sink: Callable[[int], ChannelSink]) -> AbstractChannel:
         """A channel whose content goes to a sink of ours. Raises UnavailableError."""

@@ -17,6 +17,7 @@ from orderbus.errors import MessageError
 
 SEQUENCE = "ob-seq"
 """The header with the publish sequence number of its channel: how a returned message is told from its neighbours."""
+_OUR_SEQUENCE = b"\x06ob-seql"
 
 MAX_HEADERS = 64
 MAX_DEPTH = 8
@@ -76,8 +77,10 @@ def _decode_properties(raw: bytes) -> Properties:
             raise _Malformed(f"the headers take {length} bytes; {MAX_TABLE_BYTES} is the limit")
         if at + length > len(raw):
             raise _Malformed("the header table is cut short")
-        table = _decode_table(raw, at, at + length, 1)
-        at += length
+        end = at + length
+        # Ours comes first; passing over it here spares a tenth of the whole.
+        table = _decode_table(raw, at + 16 if raw.startswith(_OUR_SEQUENCE, at) else at, end, 1)
+        at = end
         table.pop(SEQUENCE, None)
         if len(table) > MAX_HEADERS:
             _check_count(table)
@@ -145,7 +148,11 @@ def _decode_table(raw: bytes, at: int, end: int, depth: int) -> dict[str, Header
         if kind == 0x53:  # S, by far the most common; the same in _decode_value
             start = at + 5
             at = start + _u32_at(raw, at + 1)[0]
-            table[name] = _text_or_bytes(raw[start:at])
+            value = raw[start:at]
+            try:
+                table[name] = str(value, "utf-8")
+            except UnicodeDecodeError:
+                table[name] = value
         else:
             table[name], at = _decode_value(kind, raw, at + 1, end, depth)
     if at != end:

@@ -104,7 +104,9 @@ class Subscription:
         """Send what is settled, give back the rest, and wait for the broker's word that the channel is closed."""
         with anyio.CancelScope(shield=True):
             if self._steps:
-                await asyncio.wait(self._steps, timeout=CALL_S)
+                _, stuck = await asyncio.wait(self._steps, timeout=CALL_S)
+                if stuck:
+                    self._connection.abort("it did not answer in time")
             try:
                 await self._end_life()
             except UnavailableError as failure:

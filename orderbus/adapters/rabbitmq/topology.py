@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import anyio
 from aiormq.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused, ChannelClosed, ChannelLockedResource, ChannelPreconditionFailed
 
 from orderbus._core.topology import Exchange, Queue, Topology
-from orderbus.adapters.rabbitmq.connection import Connection, describe
+from orderbus.adapters.rabbitmq.connection import CLOSE_S, Connection, describe
 from orderbus.errors import TopologyError, UnavailableError
+
+log = logging.getLogger("orderbus.rabbitmq")
 
 _FIX = "drain and delete it, so that it can be declared anew, or go back to the arguments it has"
 _PERMISSION_FIX = "give the user the permission to configure it, or let somebody who has it run `orderbus topology apply`"
@@ -126,8 +130,13 @@ class _Declarer:
 
 
 async def _close(connection: Connection, channel: AbstractChannel) -> None:
-    if not channel.is_closed and connection.lost is None:
-        await connection.call(channel.close(), "closing a channel", on_giving_up=_ignore)
+    if channel.is_closed or connection.lost is not None:
+        return
+    with anyio.CancelScope(shield=True):
+        try:
+            await connection.call(channel.close(), "closing a channel", on_giving_up=_ignore, limit_s=CLOSE_S)
+        except (ChannelClosed, UnavailableError) as failure:
+            log.debug("%s", describe(failure))  # The channel is gone, and it was all for nothing but itself.
 
 
 def _ignore(reason: str) -> None:
