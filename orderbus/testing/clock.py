@@ -46,11 +46,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     none; then it raises DeadlockError out of the loop's run, naming every task and the line at which it waits.
     """
 
-    patience_s = 30.0
+    patience_s = 10.0
 
     def __init__(self) -> None:
         self._virtual_time = 0.0
         super().__init__(_JumpingSelector(self))
+        # The loop fires what is due before now + resolution. asyncio's own 1 ns vanishes in a float after some months, and
+        # a timer that is due exactly now would then never fire.
+        self._clock_resolution = 1e-6
 
     def time(self) -> float:
         return self._virtual_time

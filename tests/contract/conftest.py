@@ -33,7 +33,7 @@ class Server:
         pytest.param(("memory", "asyncio"), id="memory-asyncio"),
         pytest.param(("memory", ("asyncio", {"use_uvloop": True})), id="memory-uvloop"),
         pytest.param(("memory", "trio"), id="memory-trio"),
-        pytest.param(("rabbitmq", "asyncio"), id="rabbitmq"),
+        pytest.param(("rabbitmq", "asyncio"), id="rabbitmq", marks=pytest.mark.servers),
     ]
 )
 def broker_flavour(request: pytest.FixtureRequest) -> tuple[str, Any]:

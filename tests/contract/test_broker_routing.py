@@ -114,7 +114,10 @@ async def test_a_direct_exchange_goes_by_the_whole_key_and_a_fanout_by_none(brok
 
 async def test_a_queue_gets_a_message_once_however_many_of_its_bindings_match(broker: Broker, name: str) -> None:
     await declare(
-        broker, Queue(name), exchanges=[Exchange(name, "topic")], bindings=[(name, name, "a.*"), (name, name, "#"), (name, name, "a.b")]
+        broker,
+        Queue(name),
+        exchanges=[Exchange(name, "topic")],
+        bindings=[(name, name, "a.*"), (name, name, "#"), (name, name, "a.b")],
     )
 
     await broker.publish([message("a.b", "1", exchange=name), message("a.b", "2", exchange=name)])
