@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -22,6 +23,16 @@ T = TypeVar("T")
 def anyio_backend() -> str:
     """asyncio, unless a module or a test says otherwise: drivers speak nothing else."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A program under test may configure logging to its own stderr, which is gone when the test ends."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    root.handlers[:] = [handler for handler in root.handlers if type(handler).__module__.startswith("_pytest")]
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,7 @@ def start_rabbit(stack: ExitStack) -> Rabbit:
 
 
 def _run(stack: ExitStack, arguments: list[str], environment: dict[str, str], url: str, folder: str) -> None:
-    log = stack.enter_context(Path(folder, "output.log").open("wb"))
+    log = stack.enter_context(Path(folder, "output.log").open("wb"))  # noqa: SIM115 - the stack closes it
     process = subprocess.Popen(arguments, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True)
     stack.callback(_end, process)
     deadline = time.monotonic() + START_S
