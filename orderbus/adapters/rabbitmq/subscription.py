@@ -168,6 +168,9 @@ class Subscription:
     async def _grow(self) -> None:
         """The end of the probe. Between the consumers, what was delivered for the probe must neither get lost nor overtaken.
 
+        On the same channel it stays with the consumer that is cancelled: until it is settled, the broker counts one more than
+        the prefetch, and `receive` holds that one back.
+
         Where order counts (a single active consumer), the channel is closed and so its delivery goes back, unseen by anyone;
         that counts as one delivery of it. Cancelling instead would make another consumer active beside that delivery.
         """
