@@ -134,7 +134,9 @@ def _topology(url: str, bus: Bus) -> Callable[[], Awaitable[Found]]:
             if there:
                 await broker.apply(Topology(wanted.exchanges, there))
         if missing:
-            names = ", ".join(sorted(missing)[:5]) + (", …" if len(missing) > 5 else "")
+            names = ", ".join(sorted(missing, key=lambda name: (name.startswith("ob."), name))[:5]) + (
+                ", …" if len(missing) > 5 else ""
+            )
             return Found("", "note", f"{len(missing)} queues are missing ({names}); `orderbus run` declares them")
         return Found("", "ok", f"{len(there)} queues as they should be")
 

@@ -1,0 +1,147 @@
+"""`orderbus check`: each thing that is wrong, with its fix, and nothing changed."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+import aiormq
+import anyio
+import pytest
+
+from orderbus._core.topology import QueueNeed, topology_for
+from orderbus.adapters.rabbitmq import open_broker
+from tests.cli.conftest import Project
+
+SHOP = """
+    from orderbus import Bus, Event, Tx
+
+    class Placed(Event, topic="orders.placed"):
+        n: int
+
+    bus = Bus("{group}")
+
+    @bus.on(Placed)
+    async def pay(order: Placed, tx: Tx) -> None: ...
+"""
+
+
+@pytest.fixture
+def group() -> str:
+    return f"shop-{secrets.token_hex(4)}"
+
+
+def found(project: Project, *targets: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The exit code, and what was found by the first word of what was looked at."""
+    result = project.run("check", *targets, "--json")
+    assert "Traceback" not in result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return result.exit_code, {line["what"].partition(" ")[0]: line for line in lines}
+
+
+def declare(url: str, name: str, arguments: dict[str, Any]) -> None:
+    async def run() -> None:
+        connection = await aiormq.connect(url)
+        await (await connection.channel()).queue_declare(name, durable=True, arguments=arguments)
+        await connection.close()
+
+    anyio.run(run)
+
+
+def test_all_is_well_in_one_process(project: Project) -> None:
+    project.write(SHOP.format(group="shop"))
+    code, what = found(project, project.bus)
+    assert code == 0
+    assert {one["status"] for one in what.values()} == {"ok"}
+
+
+def test_each_wrong_setting_is_a_finding(project: Project) -> None:
+    project.environment |= {"ORDERBUS_GRACE": "1", "ORDERBUS_BROKER_URL": "http://x"}
+    result = project.run("check", "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 1
+    assert [line["status"] for line in lines] == ["finding", "finding"]
+    assert "did you mean ORDERBUS_GRACE_S?" in lines[0]["text"]
+
+
+def test_servers_that_are_away_are_told_without_their_passwords(project: Project) -> None:
+    project.environment |= {
+        "ORDERBUS_BROKER_URL": "amqp://someone:secret@127.0.0.1:1/",
+        "ORDERBUS_DATABASE_URL": "postgresql://someone:secret@127.0.0.1:1/shop",
+        "ORDERBUS_REDIS_URL": "redis://someone:secret@127.0.0.1:1/0",
+    }
+    code, what = found(project)
+    assert code == 4
+    assert {name: what[name]["status"] for name in ("broker", "database", "redis")} == dict.fromkeys(
+        ("broker", "database", "redis"), "unavailable"
+    )
+    assert "secret" not in json.dumps(what)
+
+
+@pytest.mark.servers
+def test_servers_tell_their_versions(project: Project, vhost_url: str, database_url: str, redis_url: str) -> None:
+    project.environment |= {
+        "ORDERBUS_BROKER_URL": vhost_url,
+        "ORDERBUS_DATABASE_URL": database_url,
+        "ORDERBUS_REDIS_URL": redis_url,
+    }
+    project.run("schema", "apply")
+    code, what = found(project)
+    assert code == 0, what
+    assert what["broker"]["text"].startswith("RabbitMQ ")
+    assert what["database"]["text"].startswith("PostgreSQL ")
+    assert what["redis"]["text"].startswith("Redis ")
+    assert what["schema"]["status"] == "ok"
+
+
+@pytest.mark.servers
+def test_a_missing_schema_names_its_command(project: Project, database_url: str) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    code, what = found(project)
+    assert code == 1
+    assert "orderbus schema apply" in what["schema"]["text"]
+
+
+@pytest.mark.servers
+def test_missing_queues_are_a_note_and_are_not_declared(project: Project, vhost_url: str, group: str) -> None:
+    project.write(SHOP.format(group=group))
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+    for _ in range(2):
+        code, what = found(project, project.bus)
+        assert code == 0
+        assert what["topology"]["status"] == "note"
+        assert f"{group}.orders.placed" in what["topology"]["text"]
+
+
+@pytest.mark.servers
+def test_a_queue_with_other_arguments_is_a_finding_with_its_fix(project: Project, vhost_url: str, group: str) -> None:
+    project.write(SHOP.format(group=group))
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+    declare(vhost_url, f"{group}.orders.placed", {"x-queue-type": "classic"})
+    code, what = found(project, project.bus)
+    assert code == 1
+    assert what["topology"]["status"] == "finding"
+    assert f"queue '{group}.orders.placed'" in what["topology"]["text"]
+    assert "drain and delete it" in what["topology"]["text"]
+
+
+@pytest.mark.servers
+def test_a_topology_as_it_should_be(project: Project, vhost_url: str, group: str) -> None:
+    project.write(SHOP.format(group=group))
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+
+    async def apply() -> None:
+        async with open_broker(vhost_url, name="tests") as broker:
+            await broker.apply(topology_for([QueueNeed(f"{group}.orders.placed", ("orders.placed",))]))
+
+    anyio.run(apply)
+    code, what = found(project, project.bus)
+    assert (code, what["topology"]["status"]) == (0, "ok")
+
+
+def test_a_bus_that_does_not_exist(project: Project) -> None:
+    project.write(SHOP.format(group="shop"))
+    result = project.run("check", f"{project.module}:nobus")
+    assert result.exit_code == 2
+    assert f"did you mean {project.module}:bus?" in result.stderr

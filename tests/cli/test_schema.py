@@ -1,0 +1,65 @@
+"""`orderbus schema`: printed, applied, checked."""
+
+from __future__ import annotations
+
+import json
+
+import psycopg
+import pytest
+
+from tests.cli.conftest import Project
+
+
+@pytest.mark.servers
+def test_the_sql_needs_no_server_and_makes_what_check_wants(project: Project, database_url: str) -> None:
+    printed = project.run("schema", "sql")
+    assert printed.exit_code == 0
+    with psycopg.connect(database_url) as connection:
+        connection.execute(printed.stdout.encode())
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    assert project.run("schema", "check").exit_code == 0
+
+
+def test_sql_since_the_newest_version_is_nothing_new(project: Project) -> None:
+    assert "create table orderbus.outbox" in project.run("schema", "sql").stdout
+    assert "create table orderbus.outbox" not in project.run("schema", "sql", "--since", "9999").stdout
+
+
+@pytest.mark.servers
+def test_apply_brings_it_up_to_date_and_may_run_again(project: Project, database_url: str) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    before = project.run("schema", "check")
+    assert before.exit_code == 1
+    assert "run `orderbus schema apply`" in before.stderr
+    assert json.loads(project.run("schema", "check", "--json").stdout)["ok"] is False
+    assert json.loads(project.run("schema", "apply", "--json").stdout)["versions"]
+    assert json.loads(project.run("schema", "apply", "--json").stdout)["versions"] == []
+    assert project.run("schema", "apply").stdout.strip().endswith("is up to date")
+    assert project.run("schema", "check").exit_code == 0
+
+
+def test_no_password_is_printed(project: Project) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = "postgresql://someone:secret@127.0.0.1:1/shop"
+    result = project.run("schema", "apply")
+    assert result.exit_code == 4
+    assert "127.0.0.1:1/shop" in result.stderr
+    assert "secret" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [(None, "ORDERBUS_DATABASE_URL is not set"), ("memory://", "has no schema"), ("mysql://x/y", "must begin with one of")],
+)
+def test_a_database_that_can_have_no_schema(project: Project, url: str | None, message: str) -> None:
+    if url is not None:
+        project.environment["ORDERBUS_DATABASE_URL"] = url
+    result = project.run("schema", "apply")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_the_broker_need_not_be_known(project: Project) -> None:
+    del project.environment["ORDERBUS_BROKER_URL"]
+    result = project.run("schema", "check")
+    assert "ORDERBUS_DATABASE_URL is not set" in result.stderr
+    assert "BROKER" not in result.stderr
