@@ -86,7 +86,8 @@ class Pool:
         """Close what is free; what is in use is closed when it is released."""
         self._is_closed = True
         while self._free:
-            self._free.pop().pgconn.finish()
+            connection = self._free.pop()  # named, or it would be deleted, with a warning, before it is finished
+            connection.pgconn.finish()
 
     async def _connect(self) -> Connection:
         async with limited(self.where, self._connect_s):
