@@ -29,11 +29,16 @@ class App:
     def __init__(self, bus: Bus, limits: Limits) -> None:
         self.keys = idempotency.keys_of_bus()
         self.draining = False
+        self.listening = asyncio.Event()
         self.in_flight: set[asyncio.Task[Any]] = set()
         self._bus = bus
         self._limits = limits
         self._document = encode(openapi.document())
         self._page = openapi.page()
+
+    def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """granian 2.8 calls it in the same step of the loop as it begins to listen."""
+        loop.call_soon(self.listening.set)
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         task = asyncio.current_task()
@@ -128,7 +133,7 @@ _GET: dict[str, Callable[[App, Any, Any], Awaitable[None]]] = {
 }
 
 
-def _read_query(query: str) -> tuple[UUID, int, str | None]:
+def _read_query(query: str) -> tuple[UUID, int, UUID | None]:
     """The customer, how many, and after which. Raises Problem 422 that names every mistake."""
     try:
         given = parse_qs(query, keep_blank_values=True, max_num_fields=20)
@@ -146,9 +151,12 @@ def _read_query(query: str) -> tuple[UUID, int, str | None]:
     limit = given.get("limit", ["50"])[0]
     if not (re.fullmatch("[0-9]{1,6}", limit) and 1 <= int(limit) <= orders.MOST_LISTED):
         mistakes.append(Mistake(f"must be a whole number from 1 to {orders.MOST_LISTED}", parameter="limit"))
+    after = _uuid(given["after"][0]) if "after" in given else None
+    if "after" in given and after is None:
+        mistakes.append(Mistake("must be the `next` of the page before", parameter="after"))
     if mistakes or customer is None:
         raise Problem(422, "the query is not valid; see errors", errors=mistakes)
-    return customer, int(limit), given.get("after", [None])[0]
+    return customer, int(limit), after
 
 
 def _order_id(text: str) -> UUID:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from services.orders_api.orders import CURSOR_PATTERN, MOST_LISTED, NewOrder, Order, OrderList, PlacedOrder
+from services.orders_api.idempotency import BARE, QUOTED
+from services.orders_api.orders import MOST_LISTED, NewOrder, Order, OrderList, PlacedOrder
 from services.orders_api.problem import PROBLEM_JSON, TITLES, ProblemDetails
 
 
@@ -45,7 +46,7 @@ def _post() -> dict[str, Any]:
         "in": "header",
         "required": False,
         "description": 'A quoted string such as "8e03978e". The same request under the same key is done once, within 24 hours.',
-        "schema": {"type": "string", "pattern": '^"[A-Za-z0-9-]{1,200}"$'},
+        "schema": {"type": "string", "pattern": f"^({QUOTED.pattern}|{BARE.pattern})$"},
     }
     placed = _json("Placed", PlacedOrder) | {"headers": {"Location": {"schema": {"type": "string"}}}}
     return {
@@ -64,7 +65,7 @@ def _list() -> dict[str, Any]:
         "parameters": [
             _query("customer", {"type": "string", "format": "uuid"}, required=True),
             _query("limit", {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 50}),
-            _query("after", {"type": "string", "pattern": CURSOR_PATTERN}),
+            _query("after", {"type": "string", "format": "uuid"}),
         ],
         "responses": {"200": _json("A page", OrderList), **_problems(400, 422, 500, 503)},
     }

@@ -8,6 +8,7 @@ import signal
 import socket
 
 import anyio
+from anyio.abc import TaskStatus
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
@@ -20,13 +21,23 @@ from services.shared.settings import from_environment
 
 log = logging.getLogger("orders_api")
 
+START_S = 10.0
 CUT_S = 0.1
 
 
-async def serve(bus: Bus, host: str, port: int, *, limits: Limits | None = None, stop: anyio.Event | None = None) -> None:
+async def serve(
+    bus: Bus,
+    host: str,
+    port: int,
+    *,
+    limits: Limits | None = None,
+    stop: anyio.Event | None = None,
+    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
     """Serve until `stop` is set, or SIGTERM or SIGINT comes where it is not given. Leaving `async with bus` drains the bus afterwards.
 
-    First readiness says no, then the listener ends and requests in flight finish. Raises UsageError for a port that is taken.
+    First readiness says no, then the listener ends and requests in flight finish. `task_status` is told when it listens.
+    Raises UsageError for a port that is taken.
     """
     limits = limits or from_environment(Limits, "ORDERS_API_")
     _check_free(host, port)
@@ -36,6 +47,10 @@ async def serve(bus: Bus, host: str, port: int, *, limits: Limits | None = None,
         keys = tasks.create_task(app.keys.run())
         serving = tasks.create_task(_run(app, server))
         try:
+            async with asyncio.timeout(START_S):
+                await app.listening.wait()
+            log.info("the Orders API listens on http://%s:%d", host, port)
+            task_status.started()
             await (_signalled() if stop is None else stop.wait())
         finally:
             with anyio.CancelScope(shield=True):
@@ -44,7 +59,7 @@ async def serve(bus: Bus, host: str, port: int, *, limits: Limits | None = None,
 
 
 def _server(app: App, host: str, port: int, limits: Limits) -> Server:
-    server = Server(
+    return Server(
         app,
         address=host,
         port=port,
@@ -58,8 +73,6 @@ def _server(app: App, host: str, port: int, limits: Limits) -> Server:
         # Incremental: a whole configuration, granian's default, closes the handlers of everybody else in the process.
         log_dictconfig={"version": 1, "incremental": True, "handlers": {}, "loggers": {}},
     )
-    server.on_startup(lambda: log.info("the Orders API listens on http://%s:%d", host, port))
-    return server
 
 
 async def _run(app: App, server: Server) -> None:
