@@ -1,0 +1,36 @@
+"""Each example runs without a server, ends by itself, and prints what it is there to show."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.programs import ROOT, run_program
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not pytest's own, which it closes to other users: run by root, the embedded PostgreSQL is one of them."""
+    with tempfile.TemporaryDirectory(prefix="orderbus-example-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def test_hello_hands_an_event_from_one_handler_to_the_next(folder: Path) -> None:
+    assert run_program(ROOT / "examples" / "01_hello.py", folder) == "order 7 is confirmed\n"
+
+
+def test_outbox_rolls_back_without_a_ghost_and_applies_each_payment_once(folder: Path) -> None:
+    lines = run_program(ROOT / "examples" / "02_outbox.py", folder).splitlines()
+
+    assert lines[0] == "order 13 was rolled back (changed our mind), and its event with it"
+    assert lines[1].startswith("payments: [1, 2, 3], each once; tried again: 1, ")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_a_program_of_one_page(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 80
