@@ -195,8 +195,8 @@ async def _opened(settings: Settings) -> AsyncIterator[DeadLetters]:
     assert settings.broker_url is not None
     if scheme_of(settings.broker_url) == "memory":
         raise UsageError(
-            "ORDERBUS_BROKER_URL is memory://: its messages live inside the process that runs the bus, out of reach for this one; "
-            "look at them there, with DeadLetters(broker)"
+            "ORDERBUS_BROKER_URL is memory://: its messages live inside the process that runs the bus, out of reach for any other; "
+            "to look after dead letters from outside, run on RabbitMQ"
         )
     async with open_broker(settings.broker_url, name="orderbus dlq") as broker:
         yield DeadLetters(broker, window_s=settings.dedupe_window_s)

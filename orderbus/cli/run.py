@@ -46,11 +46,13 @@ def run(
     buses = load_buses(targets)
     _check_memory_is_shared(buses)
     backend, options = _backend(loop)
-    anyio.run(_run, buses, log_json, backend=backend, backend_options=options)
-    receipts = [(bus.group, bus.receipt) for bus in buses if bus.receipt is not None]
-    for group, receipt in receipts:
-        print_json(_as_line(group, receipt))
-    if not all(receipt.clean for _, receipt in receipts):
+    try:
+        anyio.run(_run, buses, log_json, backend=backend, backend_options=options)
+    finally:
+        for bus in buses:
+            if bus.receipt is not None:
+                print_json(_as_line(bus.group, bus.receipt))
+    if not all(bus.receipt is None or bus.receipt.clean for bus in buses):
         raise typer.Exit(ExitCode.UNCLEAN)
 
 

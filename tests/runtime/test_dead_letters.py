@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 import anyio
 import pytest
 
 from orderbus import Bus, Event, Park, Retry, Settings, Tx, new_id
 from orderbus._core.leaving import ERROR, PARKED_AT, QUEUE, RAW_PROPERTIES, REASON
-from orderbus._core.message import ATTEMPT, KEY, Incoming, Outgoing, Receipt, Settlement
+from orderbus._core.message import ATTEMPT, KEY, NO_HEADERS, Headers, Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.parked import Parked, Wanted
 from orderbus._core.topology import LOST_QUEUE, Queue, QueueNeed, Topology, dead_letter_queue, retry_exchange, topology_for
 from orderbus._runtime.dead_letters import DeadLetters, Outcome
@@ -19,7 +18,7 @@ from orderbus._runtime.opening import open_broker
 from orderbus.abc import Broker
 from orderbus.adapters.memory import MemoryBroker
 from orderbus.errors import UnavailableError, UsageError
-from tests.rabbitmq.test_consuming import bad_id, stranger
+from tests.rabbitmq.test_malformed import bad_id, stranger
 
 pytestmark = pytest.mark.anyio
 
@@ -58,9 +57,9 @@ async def broker(url: str, queue: str) -> AsyncIterator[Broker]:
             yield broker
 
 
-def letter(queue: str, *, reason: str = "broken", body: bytes = b"{}", **headers: Any) -> Outgoing:
-    own = {REASON: reason, QUEUE: queue, ATTEMPT: 3, PARKED_AT: 1_000.0, KEY: "k", "mine": "kept"}
-    return Outgoing("", dead_letter_queue(queue), body, str(new_id()), "tests.happened", headers=own | headers)
+def letter(queue: str, *, reason: str = "broken", body: bytes = b"{}", headers: Headers = NO_HEADERS) -> Outgoing:
+    own = {REASON: reason, QUEUE: queue, ATTEMPT: 3, PARKED_AT: 1_000.0, KEY: "k", "mine": "kept", **headers}
+    return Outgoing("", dead_letter_queue(queue), body, str(new_id()), "tests.happened", headers=own)
 
 
 async def park(broker: Broker, letters: Sequence[Outgoing]) -> list[str]:
@@ -106,7 +105,7 @@ async def test_looking_again_and_again_changes_nothing(broker: Broker, queue: st
 
 
 async def test_a_listing_says_all_that_parking_wrote(broker: Broker, queue: str) -> None:
-    await park(broker, [letter(queue, **{ERROR: "ValueError", "ob-error-text": "no", "ob-handler": "g.h"})])
+    await park(broker, [letter(queue, headers={ERROR: "ValueError", "ob-error-text": "no", "ob-handler": "g.h"})])
     (found,) = (await DeadLetters(broker).list(dead_letter_queue(queue))).letters
     assert (found.queue, found.origin, found.reason) == (dead_letter_queue(queue), queue, "broken")
     assert (found.error, found.error_text, found.handler) == ("ValueError", "no", "g.h")
@@ -201,7 +200,7 @@ async def test_a_dry_run_tells_and_does_nothing(broker: Broker, queue: str) -> N
 
 
 async def test_what_no_replay_can_help_is_refused_with_its_reason(broker: Broker, queue: str) -> None:
-    unreadable = letter(queue, **{RAW_PROPERTIES: b"\x00\x80\x02\xff\xfe"})
+    unreadable = letter(queue, headers={RAW_PROPERTIES: b"\x00\x80\x02\xff\xfe"})
     nameless = Outgoing("", dead_letter_queue(queue), b"{}", "", "tests.happened")
     old = Outgoing("", dead_letter_queue(queue), b"{}", "01890000-0000-7000-8000-000000000000", "tests.happened")
     await park(broker, [unreadable, nameless, old])
