@@ -96,7 +96,7 @@ async def place(shop: Shop, cents: int) -> UUID:
     return order.order_id
 
 
-async def test_the_example_pays_answers_retries_and_parks_as_its_policy_says(shop: Shop) -> None:
+async def test_the_example_pays_answers_retries_and_parks_as_its_policy_says(shop: Shop, database_url: str) -> None:
     shop.expected = 3
     refused = await place(shop, 13)
     small, large, flaky = [await place(shop, cents) for cents in (500, 200_000, 17)]
@@ -104,9 +104,9 @@ async def test_the_example_pays_answers_retries_and_parks_as_its_policy_says(sho
     with anyio.fail_after(60):
         await shop.answered.wait()
         await shop.bus.drain()
-    async with await psycopg.AsyncConnection.connect(shop.bus._given.database_url) as connection:  # type: ignore[union-attr,arg-type]
+    async with await psycopg.AsyncConnection.connect(database_url) as connection:
         cursor = await connection.execute("select order_id, cents from payments")
-        paid = dict(await cursor.fetchall())
+        paid: dict[UUID, int] = dict(await cursor.fetchall())
 
     assert shop.answers == {(small, "authorized"): 1, (large, "declined"): 1, (flaky, "authorized"): 1}
     assert paid == {small: 500, large: 200_000, flaky: 17}
