@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,15 +22,25 @@ if TYPE_CHECKING:
 
 __all__ = ["DeadlockError", "VirtualTimeLoop", "virtual_backends"]
 
+PATIENCE_S = 10.0
+"""How long, in real time, a test without timers may wait for a socket or a thread before it is taken for a deadlock."""
+
 
 def virtual_backends() -> list[ParameterSet]:
-    """The parameters of an `anyio_backend` fixture: asyncio and trio, both in virtual time that starts at 0."""
+    """The parameters of an `anyio_backend` fixture: asyncio and trio, both in virtual time.
+
+    On asyncio each test begins at 0; on trio the tests that share one call of this share a clock, which goes on from one to
+    the next. A test that can't go on fails with DeadlockError on both.
+    """
     import pytest
     from trio.testing import MockClock
 
+    from orderbus.testing.trio_deadlock import DeadlockWatch
+
+    trio_options = {"clock": MockClock(autojump_threshold=0), "instruments": [DeadlockWatch()]}
     return [
         pytest.param(("asyncio", {"loop_factory": VirtualTimeLoop}), id="asyncio-virtual"),
-        pytest.param(("trio", {"clock": MockClock(autojump_threshold=0)}), id="trio-virtual"),
+        pytest.param(("trio", trio_options), id="trio-virtual"),
     ]
 
 
@@ -42,11 +52,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """An asyncio event loop whose time stands still while there is work, and jumps to the next timer when there is none.
 
     Time starts at 0.0. Sockets and threads work as ever: what is ready is handled before the clock jumps. Where there is no
-    timer to jump to, the loop waits for sockets and threads up to `patience_s` real seconds, and not at all where there are
+    timer to jump to, the loop waits for sockets and threads up to PATIENCE_S real seconds, and not at all where there are
     none; then it raises DeadlockError out of the loop's run, naming every task and the line at which it waits.
     """
-
-    patience_s = 10.0
 
     def __init__(self) -> None:
         self._virtual_time = 0.0
@@ -72,11 +80,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return True
 
     def _deadlock(self) -> DeadlockError:
-        waiting = sorted(_where(task) for task in asyncio.all_tasks(self))
-        return DeadlockError(
-            "deadlock: no task can run, no timer is set, and no socket or thread has anything to say; waiting are\n"
-            + "\n".join(f"  - {place}" for place in waiting)
-        )
+        return DeadlockError(deadlock_text(sorted(_where(task) for task in asyncio.all_tasks(self))))
 
 
 class _JumpingSelector(selectors.BaseSelector):
@@ -92,7 +96,7 @@ class _JumpingSelector(selectors.BaseSelector):
             return ready
         # One file descriptor is the loop's own, by which threads and signals wake it.
         if len(self._real.get_map()) > 1 or threading.active_count() > 1:
-            ready = self._real.select(self._loop.patience_s)
+            ready = self._real.select(PATIENCE_S)
         if not ready:
             raise self._loop._deadlock()
         return ready
@@ -113,9 +117,21 @@ class _JumpingSelector(selectors.BaseSelector):
         self._real.close()
 
 
+def deadlock_text(waiting: Sequence[str]) -> str:
+    places = "".join(f"\n  - {place}" for place in waiting)
+    return f"deadlock: no task can run, no timer is set, and no socket or thread has anything to say; waiting are{places}"
+
+
+def innermost_own(places: Sequence[str]) -> str:
+    """Of the places where a task waits, outermost first, the last that is not inside a library."""
+    own = [place for place in places if "site-packages" not in place and "/lib/python" not in place]
+    return (own or list(places) or ["an unknown place"])[-1]
+
+
 def _where(task: asyncio.Task[Any]) -> str:
-    frames = task.get_stack()
-    if not frames:
-        return task.get_name()
-    frame = frames[-1]
-    return f"{task.get_name()} in {frame.f_code.co_qualname}, {frame.f_code.co_filename}:{frame.f_lineno}"
+    places = []
+    awaited: Any = task.get_coro()
+    while (frame := getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)) is not None:
+        places.append(f"{frame.f_code.co_qualname}, {frame.f_code.co_filename}:{frame.f_lineno}")
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    return f"{task.get_name()} in {innermost_own(places)}"
