@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from orderbus._core.outbox import Floor, fair_share, first_per_key, idle_wait_s, plan_lease, stuck_retry_s
@@ -138,7 +137,8 @@ class Relaying(RuleBasedStateMachine):
     @rule()
     def read_return(self) -> None:
         reading, self.reading = self.reading, None
-        assert reading is not None and reading.last_id is not None
+        assert reading is not None
+        assert reading.last_id is not None
         page = [row for _, row in sorted(reading.snapshot.rows.items()) if row.id > reading.floor][:PAGE]
         self.floor.read(xmin=reading.snapshot.xmin, last_id=reading.last_id, lowest_id=page[0].id if page else None)
         gone = self.deleting.ids if self.deleting else []
@@ -166,7 +166,8 @@ class Relaying(RuleBasedStateMachine):
     @rule()
     def delete_commits(self) -> None:
         deleting, self.deleting = self.deleting, None
-        assert deleting is not None and deleting.xid is not None
+        assert deleting is not None
+        assert deleting.xid is not None
         self.database.running.discard(deleting.xid)
         for row_id in deleting.ids:
             del self.database.rows[row_id]
@@ -300,7 +301,8 @@ def test_at_most_one_row_of_a_key_is_chosen_and_it_is_the_first(page: list[Row],
     chosen = first_per_key(page, unconfirmed)
 
     keys = [row.key for row in chosen if row.key is not None]
-    assert len(keys) == len(set(keys)) and not unconfirmed.intersection(keys)
+    assert len(keys) == len(set(keys))
+    assert not unconfirmed.intersection(keys)
     assert [row for row in chosen if row.key is None] == [row for row in page if row.key is None]
     for row in chosen:
         assert row.key is None or row is next(candidate for candidate in page if candidate.key == row.key)

@@ -138,12 +138,11 @@ def _is_idle(connection: Connection) -> bool:
 
 
 def _is_alive(connection: Connection) -> bool:
-    """Whether an idle connection still stands, without a round trip: a server that went away has left an end of file to read."""
+    """Whether an idle connection still stands, without a round trip.
+
+    A server that ends it leaves its last words or an end of file to read. What else a server may say unasked (a notice, a
+    changed parameter) is rare enough to open a new connection for.
+    """
     poll = select.poll()
     poll.register(connection.pgconn.socket, select.POLLIN)
-    if poll.poll(0):
-        try:
-            connection.pgconn.consume_input()
-        except psycopg.OperationalError:
-            return False
-    return _is_idle(connection)
+    return _is_idle(connection) and not poll.poll(0)
