@@ -36,7 +36,7 @@ class DeadlockWatch(trio.abc.Instrument):
         if statistics.tasks_runnable or statistics.seconds_to_next_deadline < math.inf:
             return
         if time.monotonic() - self._idle_since < (clock.PATIENCE_S if _may_hear_from_outside() else 0):
-            time.sleep(0.001)
+            time.sleep(0.001)  # no task can run, and trio itself would keep the processor busy
             return
         self._idle_since = None
         _raise_in_one(list(_leaves()))

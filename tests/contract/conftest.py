@@ -43,7 +43,7 @@ def broker_flavour(request: pytest.FixtureRequest) -> tuple[str, Any]:
 @pytest.fixture
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """The event loop of the implementation that the test runs against."""
-    for flavour in ("broker_flavour", "claims_flavour"):
+    for flavour in ("broker_flavour", "claims_flavour", "store_flavour"):
         if flavour in request.fixturenames:
             return request.getfixturevalue(flavour)[1]
     return "asyncio"
