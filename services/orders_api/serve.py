@@ -43,9 +43,9 @@ async def serve(
     _check_free(host, port)
     app = App(bus, limits)
     server = _server(app, host, port, limits)
+    serving = asyncio.create_task(server.serve(), name="granian")  # in no group: `_stop` may have to leave it behind
     async with asyncio.TaskGroup() as tasks:
-        keys = tasks.create_task(app.keys.run())
-        serving = tasks.create_task(_run(app, server))
+        keys, watch = tasks.create_task(app.keys.run()), tasks.create_task(_watch(serving))
         try:
             async with asyncio.timeout(START_S):
                 await app.listening.wait()
@@ -54,7 +54,7 @@ async def serve(
             await (_signalled() if stop is None else stop.wait())
         finally:
             with anyio.CancelScope(shield=True):
-                await _stop(app, server, serving, limits)
+                await _stop(app, server, serving, watch, limits)
                 keys.cancel()
 
 
@@ -75,24 +75,26 @@ def _server(app: App, host: str, port: int, limits: Limits) -> Server:
     )
 
 
-async def _run(app: App, server: Server) -> None:
-    await server.serve()
-    if not app.draining:
-        raise RuntimeError("the HTTP server ended by itself")
+async def _watch(serving: asyncio.Task[None]) -> None:
+    await asyncio.wait([serving])
+    raise RuntimeError("the HTTP server ended by itself") from serving.exception()
 
 
-async def _stop(app: App, server: Server, serving: asyncio.Task[None], limits: Limits) -> None:
+async def _stop(app: App, server: Server, serving: asyncio.Task[None], watch: asyncio.Task[None], limits: Limits) -> None:
     """Say no, then finish, then cut off."""
     app.draining = True
     await asyncio.wait([serving], timeout=limits.notice_seconds)
+    watch.cancel()
     server.stop()  # type: ignore[no-untyped-call]  # ends the listener and idle connections; requests in flight are answered
     await asyncio.wait([serving], timeout=limits.stop_seconds)
-    if not serving.done():
-        log.warning("the stop cuts off %d requests, and connections that sent half a head", len(app.in_flight))
-        for request in app.in_flight:
-            request.cancel()
-        await asyncio.wait([serving], timeout=CUT_S)
-        serving.cancel()
+    if serving.done():
+        return
+    log.warning("the stop cuts off %d requests, and connections that sent half a head", len(app.in_flight))
+    for request in app.in_flight:
+        request.cancel()
+    # Who sent half a head can't be sent away: granian waits for him until head_seconds are over. Cancelled, its task would make
+    # granian 2.8 raise in the loop when he goes; left alone, it ends with him or with the loop.
+    await asyncio.wait([serving], timeout=CUT_S)
 
 
 async def _signalled() -> None:
