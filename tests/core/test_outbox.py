@@ -239,7 +239,7 @@ class HighestSeen(Floor):
         self.value = max(self.value, last_id if lowest_id is None else lowest_id - 1)
 
 
-class TestRelaying(Relaying.TestCase):
+class TestRelaying(Relaying.TestCase):  # type: ignore[misc, valid-type]
     settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
@@ -247,7 +247,7 @@ class RelayingOnHighestSeen(Relaying):
     floor_type = HighestSeen
 
 
-def test_the_model_notices_a_floor_that_is_the_highest_id_seen():
+def test_the_model_notices_a_floor_that_is_the_highest_id_seen() -> None:
     case = RelayingOnHighestSeen()
     case.begin("a")
     case.database.last_id += 1
@@ -265,7 +265,7 @@ def test_the_model_notices_a_floor_that_is_the_highest_id_seen():
         case.the_floor_is_below_every_row_that_is_there_or_may_appear()
 
 
-def test_a_floor_rises_only_when_a_read_began_after_the_delete_had_ended():
+def test_a_floor_rises_only_when_a_read_began_after_the_delete_had_ended() -> None:
     floor = Floor()
     floor.read(xmin=10, last_id=7, lowest_id=3)
     floor.deleted(floor.mark(), xid=12)
@@ -275,7 +275,7 @@ def test_a_floor_rises_only_when_a_read_began_after_the_delete_had_ended():
     assert floor.value == 7
 
 
-def test_a_floor_stays_below_the_lowest_row_that_remains():
+def test_a_floor_stays_below_the_lowest_row_that_remains() -> None:
     floor = Floor()
     floor.read(xmin=10, last_id=7, lowest_id=3)
     floor.deleted(floor.mark(), xid=12)
@@ -283,7 +283,7 @@ def test_a_floor_stays_below_the_lowest_row_that_remains():
     assert floor.value == 4
 
 
-def test_the_mark_of_a_delete_is_what_was_known_when_it_was_sent_not_when_it_returned():
+def test_the_mark_of_a_delete_is_what_was_known_when_it_was_sent_not_when_it_returned() -> None:
     floor = Floor()
     floor.read(xmin=10, last_id=7, lowest_id=3)
     mark = floor.mark()
@@ -297,7 +297,7 @@ rows = st.lists(st.builds(Row, st.integers(1, 10**9), st.sampled_from([None, *KE
 
 
 @given(rows, st.sets(st.sampled_from(KEYS)))
-def test_at_most_one_row_of_a_key_is_chosen_and_it_is_the_first(page: list[Row], unconfirmed: set[str]):
+def test_at_most_one_row_of_a_key_is_chosen_and_it_is_the_first(page: list[Row], unconfirmed: set[str]) -> None:
     chosen = first_per_key(page, unconfirmed)
 
     keys = [row.key for row in chosen if row.key is not None]
@@ -309,14 +309,14 @@ def test_at_most_one_row_of_a_key_is_chosen_and_it_is_the_first(page: list[Row],
 
 
 @given(st.sets(st.text(min_size=1, max_size=3), min_size=1, max_size=80), st.integers(1, 64))
-def test_the_fair_shares_add_up_to_all_buckets_and_differ_by_one_at_most(live: set[str], buckets: int):
+def test_the_fair_shares_add_up_to_all_buckets_and_differ_by_one_at_most(live: set[str], buckets: int) -> None:
     shares = [fair_share(owner, live, buckets) for owner in live]
     assert sum(shares) == buckets
     assert max(shares) - min(shares) <= 1
 
 
 @given(st.lists(st.sampled_from(["r1", "r2", "r3", "r4", "r5"]), min_size=1, max_size=40), st.data())
-def test_leases_never_overlap_and_come_to_rest_evenly(calls: list[str], data: st.DataObject):
+def test_leases_never_overlap_and_come_to_rest_evenly(calls: list[str], data: st.DataObject) -> None:
     held: dict[int, str] = {}
     live: set[str] = set()
 
@@ -339,17 +339,17 @@ def test_leases_never_overlap_and_come_to_rest_evenly(calls: list[str], data: st
     assert max(counts) - min(counts) <= 1
 
 
-def test_a_relay_that_leaves_keeps_only_what_it_names():
+def test_a_relay_that_leaves_keeps_only_what_it_names() -> None:
     held = {0: "a", 1: "a", 2: "b"}
     assert plan_lease("a", ["a", "b"], held, buckets=64, keep=[1, 2, 5]) == {1}
     assert plan_lease("a", ["a", "b"], held, buckets=64, keep=[]) == frozenset()
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1))
-def test_a_stuck_row_waits_longer_each_time_up_to_seven_and_a_half_minutes(attempts: int, jitter: float):
+def test_a_stuck_row_waits_longer_each_time_up_to_seven_and_a_half_minutes(attempts: int, jitter: float) -> None:
     assert 1 <= stuck_retry_s(attempts, jitter) <= 450
     assert stuck_retry_s(attempts, 0) <= stuck_retry_s(attempts + 1, 0)
 
 
-def test_the_wait_grows_from_5_ms_to_250_ms_while_nothing_is_found():
+def test_the_wait_grows_from_5_ms_to_250_ms_while_nothing_is_found() -> None:
     assert [idle_wait_s(empty) for empty in (0, 1, 2, 3, 6, 7, 1000)] == [0, 0.005, 0.01, 0.02, 0.16, 0.25, 0.25]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import psycopg
@@ -238,7 +238,7 @@ async def test_two_transactions_that_deadlock_are_told_to_try_again(store: Postg
     await other.rollback()
 
 
-Step = Callable[[PostgresStore], Awaitable[Any]]
+Step = Callable[[PostgresStore], Coroutine[Any, Any, None]]
 
 
 async def _begin(store: PostgresStore) -> None:

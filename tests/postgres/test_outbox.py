@@ -1,0 +1,224 @@
+"""What the relay rests on: ids in commit order, reads that leave nothing behind, a floor that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import pytest
+
+from orderbus._core.outbox import Floor, first_per_key
+from orderbus.abc import OutboxRow, Stuck
+from orderbus.adapters.postgres import PostgresStore, open_store
+from orderbus.adapters.postgres.outbox import promote_orphans
+from tests.postgres.conftest import ALL, Sql, emit, event_id, row
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+
+PLENTY = 1 << 30
+
+
+async def read(store: PostgresStore, limit: int = 1000, limit_bytes: int = PLENTY) -> list[int]:
+    """The numbers of the events that a read from the start finds."""
+    page = await store.outbox.read(ALL, 0, limit, limit_bytes)
+    return numbers(page.rows)
+
+
+def numbers(rows: Sequence[OutboxRow]) -> list[int]:
+    return [int(found.event_id.int >> 80) - int(event_id(0).int >> 80) for found in rows]
+
+
+async def test_the_xid_of_a_transaction_is_assigned_before_its_first_id(store: PostgresStore, query: Sql) -> None:
+    """Seen from outside: while the insert waits for the sequence, the transaction has its xid."""
+    with_lock = await store.begin()
+    await with_lock.execute("alter sequence orderbus.outbox_id_seq increment 1", ())
+    waiting = asyncio.create_task(emit(store, [row(1)]))
+    waits = """select backend_xid is not null from pg_locks join pg_stat_activity using (pid)
+        where not granted and relation = 'orderbus.outbox_id_seq'::regclass"""
+
+    async with asyncio.timeout(20):
+        while not (found := await asyncio.to_thread(query, waits)):
+            pass
+
+    assert found == [(True,)]
+    await with_lock.rollback()
+    await waiting
+
+
+async def test_a_fresh_outbox_has_handed_out_no_id(store: PostgresStore) -> None:
+    page = await store.outbox.read(ALL, 0, 10, PLENTY)
+    assert (page.rows, page.last_id) == ([], 0)
+
+
+async def test_a_page_ends_before_its_bytes_are_too_many_but_has_one_row(store: PostgresStore) -> None:
+    await emit(store, [row(n, f"k{n}", body=b"x" * 100) for n in range(5)])
+
+    assert await read(store, limit_bytes=1) == [0]
+    assert await read(store, limit_bytes=200) == [0, 1]
+    assert await read(store, limit_bytes=201) == [0, 1, 2]
+
+
+async def test_xmin_tells_of_a_transaction_that_may_still_bring_lower_ids(store: PostgresStore, query: Sql) -> None:
+    writer = await store.begin()
+    await writer.execute("select nextval('orderbus.outbox_id_seq'), pg_current_xact_id()", ())
+    await emit(store, [row(1)])
+    page = await store.outbox.read(ALL, 0, 10, PLENTY)
+    xid = await store.outbox.delete(page.rows)
+    assert (await store.outbox.read(ALL, 0, 10, PLENTY)).xmin < xid
+
+    await writer.commit([], [])
+
+    query("select 1")
+    async with asyncio.timeout(20):
+        while (await store.outbox.read(ALL, 0, 10, PLENTY)).xmin <= xid:
+            pass  # other databases of this server have transactions, too
+
+
+async def test_a_read_that_meets_only_held_back_rows_moves_them_and_reads_on(store: PostgresStore, query: Sql) -> None:
+    await emit(store, [row(n, "stuck") for n in range(10)] + [row(10, "other")])
+    first = (await store.outbox.read(ALL, 0, 1, PLENTY)).rows
+    await store.outbox.set_aside([Stuck(first[0], "unroutable", None)])
+
+    assert await read(store, limit=2) == [10]
+    assert query("select count(*) from orderbus.stuck where is_behind") == [(9,)]
+
+
+async def test_held_back_rows_come_out_one_by_one_in_their_order(store: PostgresStore) -> None:
+    await emit(store, [row(n, "stuck") for n in range(5)])
+    first = (await store.outbox.read(ALL, 0, 1, PLENTY)).rows
+    await store.outbox.set_aside([Stuck(first[0], "unroutable", 0.0)])
+    assert await read(store) == []
+
+    seen = []
+    while due := await store.outbox.due(ALL, 100):
+        seen.append(numbers(due))
+        await store.outbox.delete(due)
+
+    assert seen == [[0], [1], [2], [3], [4]]
+
+
+async def test_a_row_whose_predecessor_vanished_by_hand_is_tried_after_maintenance(store: PostgresStore, query: Sql) -> None:
+    await emit(store, [row(1), row(2), row(3)])
+    first = (await store.outbox.read(ALL, 0, 1, PLENTY)).rows
+    await store.outbox.set_aside([Stuck(first[0], "unroutable", None)])
+    assert await read(store) == []
+    query("delete from orderbus.stuck where id = %s", first[0].id)
+    assert await store.outbox.due(ALL, 100) == []
+
+    await store.maintain(7 * 86_400)
+
+    assert numbers(await store.outbox.due(ALL, 100)) == [2]
+
+
+async def test_a_lease_that_ran_out_is_taken_over(store: PostgresStore, query: Sql) -> None:
+    assert await store.outbox.lease("dead", 60, None) == frozenset(ALL)
+    assert await store.outbox.lease("alive", 60, None) == frozenset()
+    query("update orderbus.lease set until = now() - interval '1 s'")
+    query("update orderbus.relay set seen_at = now() - interval '61 s' where owner = 'dead'")
+
+    assert await store.outbox.lease("alive", 60, None) == frozenset(ALL)
+    assert await store.outbox.lease("dead", 60, None) == frozenset()
+
+
+async def test_relays_that_lease_at_the_same_time_never_share_a_bucket(store: PostgresStore) -> None:
+    held: dict[str, frozenset[int]] = {}
+
+    async def lease(owner: str) -> None:
+        for _ in range(10):
+            held[owner] = frozenset()
+            held[owner] = await store.outbox.lease(owner, 60, None)
+            others = [bucket for other, buckets in held.items() if other != owner for bucket in buckets]
+            assert not held[owner].intersection(others)
+
+    await asyncio.gather(*(lease(f"r{n}") for n in range(4)))
+    for owner in sorted(held):
+        held[owner] = await store.outbox.lease(owner, 60, None)
+
+    assert sorted(len(buckets) for buckets in held.values()) == [16, 16, 16, 16]
+
+
+async def test_two_relays_move_each_scheduled_row_once(store: PostgresStore) -> None:
+    await emit(store, [row(n, f"k{n}", due_at_ms=1000 - n) for n in range(100)])
+
+    await asyncio.gather(*(store.outbox.due(ALL, 60) for _ in range(4)))
+
+    assert sorted(await read(store)) == list(range(100))
+
+
+WRITERS = 8
+KEYS = 5
+STRESS_S = 4.0
+
+
+async def test_every_key_is_read_in_commit_order_and_nothing_is_lost(url: str, query: Sql) -> None:
+    """Writers that serialise on a key's row, with pauses between statements; a relay that deletes what it reads, by its floor."""
+    rng = random.Random(7)
+    async with open_store(url, name="stress", pool_size=WRITERS + 2) as store:
+        await store.apply_schema()
+        query("create table keys (key text primary key, version integer not null)")
+        query("insert into keys select 'k' || n, 0 from generate_series(0, %s) n", KEYS - 1)
+        ends_at = time.monotonic() + STRESS_S
+
+        async def write(number: int) -> int:
+            count = 0
+            while time.monotonic() < ends_at:
+                key = f"k{rng.randrange(KEYS)}"
+                transaction = await store.begin()
+                if rng.random() < 0.3:
+                    await transaction.execute("select pg_current_xact_id()", ())
+                    await asyncio.sleep(rng.random() / 500)
+                found, _ = await transaction.execute(
+                    "update keys set version = version + 1 where key = %s returning version", (key,)
+                )
+                events = [row(0, key, body=b"%d" % found[0][0], event_id=event_id(number * 10**6 + count))]
+                if rng.random() < 0.2:
+                    await transaction.rollback()
+                    continue
+                await transaction.commit([], events)
+                count += 1
+            return count
+
+        seen: dict[str, list[int]] = defaultdict(list)
+        floors: list[int] = []
+
+        async def relay() -> int:
+            floor, empty, count = Floor(), 0, 0
+            while empty < 5 or time.monotonic() < ends_at + 0.5:
+                page = await store.outbox.read(ALL, floor.value, rng.choice([1, 5, 100]), PLENTY)
+                floor.read(xmin=page.xmin, last_id=page.last_id, lowest_id=page.rows[0].id if page.rows else None)
+                floors.append(floor.value)
+                chosen = [found for found in first_per_key(page.rows) if rng.random() < 0.9]
+                for found in chosen:
+                    seen[found.key or ""].append(int(found.body))
+                mark = floor.mark()
+                if chosen:
+                    floor.deleted(mark, await store.outbox.delete(chosen))
+                count += len(chosen)
+                empty = 0 if page.rows else empty + 1
+            return count
+
+        relaying = asyncio.create_task(relay())
+        written = await asyncio.gather(*(write(number) for number in range(WRITERS)))
+
+        assert await relaying == sum(written)
+        assert query("select count(*) from orderbus.outbox") == [(0,)]
+        assert all(versions == sorted(versions) for versions in seen.values())
+        versions: dict[str, int] = dict(query("select key, version from keys"))
+        assert {key: versions[-1] for key, versions in seen.items()} == versions
+        assert floors[-1] > 0
+
+
+async def test_orphans_are_not_promoted_while_their_predecessor_is_there(store: PostgresStore) -> None:
+    await emit(store, [row(1), row(2)])
+    first = (await store.outbox.read(ALL, 0, 1, PLENTY)).rows
+    await store.outbox.set_aside([Stuck(first[0], "unroutable", None)])
+    assert await read(store) == []
+
+    transaction = await store.begin()
+    await promote_orphans(transaction.connection)
+    await transaction.commit([], [])
+
+    assert await store.outbox.due(ALL, 100) == []
