@@ -89,12 +89,13 @@ async def test_without_redis_the_second_process_waits_for_the_row(no_redis: None
     async with bus, served(shop_database_url) as api, served(shop_database_url) as other:
         async with asyncio.TaskGroup() as tasks:
             async with holding(shop_database_url, "orders"):
-                both = [tasks.create_task(server.place(key=KEY)) for server in (api, other)]
+                first = tasks.create_task(api.place(key=KEY))
+                await api.until_blocked(1)
+                second = tasks.create_task(other.place(key=KEY))
                 await api.until_blocked(2)
 
-        first, second = (task.result() for task in both)
-        assert (first.status_code, second.status_code) == (201, 201)
-        assert first.content == second.content
+        assert (first.result().status_code, second.result().status_code) == (201, 201)
+        assert first.result().content == second.result().content
         assert await api.rows(COUNTS) == [(1, 1, 1)]
 
 
