@@ -10,6 +10,7 @@ import anyio
 import psycopg
 import pytest
 from psycopg import sql
+from redis.asyncio import Redis
 
 from orderbus.adapters import memory
 from services.shared import database
@@ -53,11 +54,20 @@ async def shop(shop_database_url: str, monkeypatch: pytest.MonkeyPatch) -> Async
 
 
 @pytest.fixture
-async def rabbit_shop(shop_database_url: str, vhost_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
-    """On RabbitMQ."""
+async def servers_shop(
+    shop_database_url: str, vhost_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Shop]:
+    """On RabbitMQ and Redis."""
+    prefix = f"orderbus-test:{secrets.token_hex(6)}:"
     _set_environment(monkeypatch, vhost_url, shop_database_url)
+    monkeypatch.setenv("ORDERBUS_REDIS_URL", redis_url)
+    monkeypatch.setenv("ORDERBUS_REDIS_PREFIX", prefix)
     async with Shop.open(shop_database_url) as shop:
         yield shop
+    async with Redis.from_url(redis_url) as redis:
+        keys = [key async for key in redis.scan_iter(f"{prefix}*", count=1_000)]
+        if keys:
+            await redis.delete(*keys)
 
 
 def _set_environment(monkeypatch: pytest.MonkeyPatch, broker_url: str, database_url: str) -> None:

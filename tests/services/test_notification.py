@@ -1,0 +1,283 @@
+"""Notification: once for each event, to senders that talk to real servers."""
+
+from __future__ import annotations
+
+import email.policy
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from email.message import EmailMessage
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, Envelope, Session
+
+from orderbus import SettingsError, new_id
+from orderbus._core.message import Outgoing, Receipt
+from orderbus._core.topology import EVENTS_EXCHANGE
+from services import notification
+from services.notification.senders import open_sender
+from services.shared.events import OrderCancelled, OrderConfirmed
+from tests.services.shop import CUSTOMER, Shop, until, until_handled, until_stats
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+
+CONFIRMED = OrderConfirmed(order_id=UUID(int=1), customer_id=CUSTOMER, total_cents=12_345)
+CANCELLED = OrderCancelled(order_id=UUID(int=2), customer_id=CUSTOMER, reason="out-of-stock")
+
+
+class Mailbox:
+    """An aiosmtpd handler that answers what it is told to, then 250."""
+
+    def __init__(self) -> None:
+        self.mails: list[EmailMessage] = []
+        self.peers: set[object] = set()
+        self.answers: list[str] = []
+        self.recipient_answers: list[str] = []
+
+    async def handle_RCPT(  # noqa: N802 - the name that aiosmtpd looks for
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: Sequence[str]
+    ) -> str:
+        if self.recipient_answers:
+            return self.recipient_answers.pop(0)
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
+        if self.answers:
+            return self.answers.pop(0)
+        self.peers.add(session.peer)
+        content = envelope.content
+        assert isinstance(content, bytes)
+        mail = email.message_from_bytes(content, policy=email.policy.default)
+        assert isinstance(mail, EmailMessage)
+        self.mails.append(mail)
+        return "250 OK"
+
+
+@contextmanager
+def mail_server(mailbox: Mailbox, port: int = 0) -> Iterator[int]:
+    """A real SMTP server on a thread of its own."""
+    controller = Controller(mailbox, hostname="127.0.0.1", port=port or _free_port())
+    controller.start()
+    try:
+        yield controller.port
+    finally:
+        controller.stop()
+
+
+class Hook(BaseHTTPRequestHandler):
+    """Answers with the server's next status, then 200, and keeps what came."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status = server.statuses.pop(0) if server.statuses else 200
+        server.calls.append((status, self.headers["Idempotency-Key"], body))
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def web_server(*statuses: int, listener: socket.socket | None = None) -> Iterator[Any]:
+    """A real HTTP server on a thread of its own."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hook, bind_and_activate=listener is None)
+    if listener is not None:
+        server.socket.close()
+        server.socket = listener
+        server.server_address = listener.getsockname()
+        server.server_activate()
+    server.daemon_threads = True
+    server.statuses, server.calls = list(statuses), []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+async def deliver(shop: Shop, event: OrderConfirmed | OrderCancelled, event_id: UUID, times: int = 1) -> None:
+    """The same event, as a relay that lost its confirms would publish it."""
+    topic = type(event).__event_type__.topic
+    message = Outgoing(
+        exchange=EVENTS_EXCHANGE, routing_key=f"{topic}.00", body=msgspec.json.encode(event), message_id=str(event_id), type=topic
+    )
+    assert set(await shop.broker.publish([message] * times)) == {Receipt.CONFIRMED}
+
+
+async def test_the_console_sender_writes_a_line_for_each_notice(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "services.notification")
+    async with shop.running(notification.bus):
+        await shop.say(CONFIRMED, CANCELLED)
+        await until_handled(notification.bus, 2)
+
+    lines = sorted(record.getMessage() for record in caplog.records if record.name == "services.notification")
+    assert len(lines) == 2
+    assert f"Your order {CANCELLED.order_id} is cancelled (out-of-stock)." in lines[1]
+    assert f"Your order {CONFIRMED.order_id} over 123.45 is confirmed." in lines[0]
+
+
+@pytest.mark.parametrize("url", ["", "smtp://", "webhook:", "webhook:ftp://x", "pigeon:post"])
+async def test_a_url_that_names_no_sender_is_refused_at_start(url: str) -> None:
+    with pytest.raises(SettingsError, match="NOTIFY_URL"):
+        async with open_sender(url):
+            pass
+
+
+async def test_an_event_that_comes_several_times_is_mailed_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Mailbox()
+    event_id, other_id = new_id(), new_id()
+    with mail_server(mailbox) as port:
+        monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}?to=desk@shop.example")
+        async with shop.running(notification.bus):
+            await deliver(shop, CONFIRMED, event_id, times=3)
+            await deliver(shop, CANCELLED, other_id)
+            await until_stats(notification.bus, lambda stats: stats.handled + stats.duplicates == 4)
+            await deliver(shop, CONFIRMED, event_id)
+            await until_stats(notification.bus, lambda stats: stats.handled + stats.duplicates == 5)
+
+            assert (notification.bus.stats.handled, notification.bus.stats.duplicates) == (2, 3)
+
+    mails = {str(mail["Message-ID"]): mail for mail in mailbox.mails}
+    assert len(mailbox.mails) == 2
+    assert set(mails) == {f"<{event_id}@orders.example>", f"<{other_id}@orders.example>"}
+    mail = mails[f"<{event_id}@orders.example>"]
+    assert (mail["To"], mail["Subject"]) == ("desk@shop.example", "Order confirmed")
+    assert "over 123.45 is confirmed" in mail.get_content()
+
+
+async def test_many_notices_share_one_mail_connection(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Mailbox()
+    with mail_server(mailbox) as port:
+        monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}")
+        async with shop.running(notification.bus):
+            for number in range(120):
+                await deliver(shop, msgspec.structs.replace(CONFIRMED, order_id=UUID(int=number)), new_id())
+            await until_handled(notification.bus, 120)
+
+    assert len({str(mail["Message-ID"]) for mail in mailbox.mails}) == len(mailbox.mails) == 120
+    assert len(mailbox.peers) == 1
+
+
+@pytest.mark.parametrize("passing", ["451 try later", "421 too busy"])
+async def test_a_passing_refusal_of_a_mail_is_tried_again(shop: Shop, monkeypatch: pytest.MonkeyPatch, passing: str) -> None:
+    mailbox = Mailbox()
+    mailbox.answers = [passing]
+    mailbox.recipient_answers = ["450 mailbox busy"]
+    with mail_server(mailbox) as port:
+        monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}")
+        async with shop.running(notification.bus):
+            await shop.say(CONFIRMED)
+            await until_handled(notification.bus, 1)
+
+    assert len(mailbox.mails) == 1
+
+
+@pytest.mark.parametrize(("data", "recipient"), [("554 spam", None), (None, "550 nobody of that name")])
+async def test_a_mail_that_will_never_be_taken_is_parked_at_once(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, data: str | None, recipient: str | None
+) -> None:
+    mailbox = Mailbox()
+    mailbox.answers = [data] if data else []
+    mailbox.recipient_answers = [recipient] if recipient else []
+    with mail_server(mailbox) as port:
+        monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}")
+        async with shop.running(notification.bus):
+            await shop.say(CONFIRMED)
+            await until_stats(notification.bus, lambda stats: stats.parked == 1)
+            assert notification.bus.stats.failed == 1
+
+            await shop.say(CANCELLED)
+            await until_handled(notification.bus, 1)
+
+        [letter] = shop.broker.messages("notification.orders.confirmed.dlq")
+    assert letter.properties.headers["ob-error"] == "Refused"
+    assert len(mailbox.mails) == 1
+
+
+async def test_while_the_mail_server_is_away_notices_wait_and_none_is_parked(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Mailbox()
+    port = _free_port()
+    monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}")
+    async with shop.running(notification.bus):
+        await shop.say(CONFIRMED)
+        await until_stats(notification.bus, lambda stats: stats.waited >= 2)
+
+        with mail_server(mailbox, port):
+            await until_handled(notification.bus, 1)
+        assert (notification.bus.stats.failed, notification.bus.stats.parked) == (0, 0)
+
+        with mail_server(mailbox, port):
+            await shop.say(CANCELLED)
+            await until_handled(notification.bus, 2)
+
+    assert [str(mail["Subject"]) for mail in mailbox.mails] == ["Order confirmed", "Order cancelled"]
+
+
+async def test_a_webhook_is_called_until_it_answers_always_with_the_same_key(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    event_id = new_id()
+    with web_server(503, 429) as server:
+        monkeypatch.setenv("NOTIFY_URL", f"webhook:http://127.0.0.1:{server.server_address[1]}/hook")
+        async with shop.running(notification.bus):
+            await deliver(shop, CONFIRMED, event_id, times=2)
+            await until_stats(notification.bus, lambda stats: stats.handled + stats.duplicates == 2)
+
+    assert [(status, key) for status, key, _ in server.calls] == [(status, str(event_id)) for status in (503, 429, 200)]
+    assert server.calls[-1][2] == {
+        "id": str(event_id),
+        "customer_id": str(CUSTOMER),
+        "subject": "Order confirmed",
+        "text": f"Your order {CONFIRMED.order_id} over 123.45 is confirmed.",
+    }
+
+
+async def test_a_webhook_that_refuses_a_notice_is_not_asked_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    with web_server(422) as server:
+        monkeypatch.setenv("NOTIFY_URL", f"webhook:http://127.0.0.1:{server.server_address[1]}/hook")
+        async with shop.running(notification.bus):
+            await shop.say(CONFIRMED)
+            await until_stats(notification.bus, lambda stats: stats.parked == 1)
+
+    assert len(server.calls) == 1
+
+
+async def test_while_nobody_listens_at_the_webhook_notices_wait(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    monkeypatch.setenv("NOTIFY_URL", f"webhook:http://127.0.0.1:{listener.getsockname()[1]}/hook")
+    async with shop.running(notification.bus):
+        await shop.say(CONFIRMED)
+        await until_stats(notification.bus, lambda stats: stats.waited >= 2)
+
+        with web_server(listener=listener) as server:
+
+            async def look() -> tuple[bool, object]:
+                return bool(server.calls), server.calls
+
+            await until(look)
+            await until_handled(notification.bus, 1)
+        assert notification.bus.stats.failed == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
