@@ -182,7 +182,11 @@ class OutboxStore(Protocol):
         """Renew this relay's buckets and take its fair share; `keep=[]` gives all back. The buckets now held."""
 
     async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
-        """Rows of these buckets above the floor, by id, at most `limit`; keys with a stuck row are left out."""
+        """Rows of these buckets above the floor, by id, at most `limit`; an empty page says that there are none.
+
+        Rows whose key has a stuck row are not among them, and move behind it into the stuck table: of what a read leaves out
+        nothing may stay in the outbox, or the floor would pass it.
+        """
 
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         """Delete published rows; the transaction id (xid) that did it."""

@@ -32,7 +32,7 @@ class SettingsError(UsageError):
 
 
 class TopologyError(UsageError):
-    """The broker already has a queue or exchange of that name with other arguments. Nothing was changed."""
+    """The broker already has a queue or exchange of that name with other arguments. What differs was not changed."""
 
 
 class MessageError(OrderbusError):

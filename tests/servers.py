@@ -135,8 +135,21 @@ def start_rabbit(stack: ExitStack) -> Rabbit:
     url = f"amqp://guest:guest@127.0.0.1:{port}/"
     _run(stack, [server], environment, url, folder)
     rabbit = Rabbit(url, node, folder)
-    rabbit.ctl("await_startup", "--timeout", str(int(START_S)))
+    _await_startup(rabbit)
     return rabbit
+
+
+def _await_startup(rabbit: Rabbit) -> None:
+    """The port is open before the node says that it runs, and until then `await_startup` may fail at once."""
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            rabbit.ctl("await_startup", "--timeout", str(int(START_S)))
+            return
+        except Missing:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _run(stack: ExitStack, arguments: list[str], environment: dict[str, str], url: str, folder: str) -> None:

@@ -10,12 +10,11 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import trio
 
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.topology import Topology
@@ -36,6 +35,9 @@ from orderbus.abc import (
 )  # fmt: skip
 from orderbus.errors import UsageError
 
+if TYPE_CHECKING:
+    import trio
+
 T = TypeVar("T")
 
 
@@ -45,6 +47,8 @@ class Portal:
     def __init__(self, inner: anyio.from_thread.BlockingPortal, loop: asyncio.AbstractEventLoop) -> None:
         self._inner = inner
         self._loop = loop
+        import trio  # an optional package; whoever makes a portal runs on it
+
         self._here = trio.lowlevel.current_trio_token()
 
     async def call(

@@ -151,33 +151,31 @@ async def test_settling_twice_is_a_bug_and_does_no_harm(broker: RabbitBroker, pl
         await subscription.flush()
 
 
-async def test_a_probe_stays_at_one_while_it_meets_redeliveries(broker: RabbitBroker, place: Place) -> None:
-    await fill(broker, place.queue, 8)
-    async with broker.subscribe(place.queue, prefetch=3) as crashed:
-        await take(crashed, 3)
-    await ready(broker, place.queue, 8)
+async def test_a_probe_begins_alone_and_doubles_while_it_meets_redeliveries(broker: RabbitBroker, place: Place) -> None:
+    await fill(broker, place.queue, 12)
+    async with broker.subscribe(place.queue, prefetch=10) as crashed:
+        await take(crashed, 10)
+    await ready(broker, place.queue, 12)
     async with broker.subscribe(place.queue, prefetch=100) as subscription:
-        probed: list[Incoming] = []
-        while (rest := await subscription.receive())[0].redelivered:
-            (delivery,) = rest
+        sizes, counts, seen = [], [], list[int]()
+        while len(seen) < 12:
+            deliveries = await subscription.receive()
             await subscription.flush()
-            assert subscription._life is not None
-            assert subscription._life.sink.arrived == []  # alone: a neighbour would suffer from a crash now
-            subscription.settle(delivery, ACK)
-            probed.append(delivery)
-        assert len(probed) >= 3
-        assert [delivery.delivery_count for delivery in probed] == [1] * len(probed)
-        rest = [*rest, *await take(subscription, 8 - len(probed) - len(rest))]
-        assert [delivery.delivery_count for delivery in rest] == [0] * len(rest)
-        assert numbers([*probed, *rest]) == list(range(8))
-        for delivery in rest:
-            subscription.settle(delivery, ACK)
+            sizes.append(len(deliveries))
+            counts += [delivery.delivery_count for delivery in deliveries]
+            seen += numbers(deliveries)
+            for delivery in deliveries:
+                subscription.settle(delivery, ACK)
         await subscription.flush()
+    assert sizes[0] == 1  # alone: a neighbour would suffer from a crash now
+    assert all(size <= 2**n for n, size in enumerate(sizes[:3]))
+    assert sorted(seen) == list(range(12))
+    assert set(counts) == {0, 1}
     assert await broker.depth(place.queue) == 0
 
 
 async def test_a_poisonous_message_is_the_only_one_that_dies_with_its_processes(broker: RabbitBroker, place: Place) -> None:
-    limited = Queue(f"{place.queue}.limited", delivery_limit=3, dead_letter_exchange="", dead_letter_routing_key=place.queue)
+    limited = Queue(f"{place.queue}.limited", delivery_limit=20, dead_letter_exchange="", dead_letter_routing_key=place.queue)
     await broker.apply(Topology(queues=(limited,)))
     await fill(broker, limited.name, 30)
     poison, handled = 0, set[int]()
