@@ -103,7 +103,7 @@ def test_what_is_no_function_is_refused(bus: Bus) -> None:
 
     async def handle(event: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed)(Handles()), "Callable_", "must be an async function")
+    refused(lambda: bus.on(Placed)(Handles()), "Handles", "must be an async function")
     refused(lambda: bus.on(Placed)(functools.partial(handle)), "handle", "must be an async function")
     refused(lambda: bus.on(Placed)(None), "None", "must be an async function")
 
