@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
-from psycopg import AsyncCursor
+from psycopg import AsyncCursor, Cursor
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
@@ -68,7 +68,7 @@ def text_array(values: Sequence[str | None]) -> Array:
     )
 
 
-def register(cursor: AsyncCursor[Any]) -> None:
+def register(cursor: AsyncCursor[Any] | Cursor[Any]) -> None:
     """Teach a cursor to send arrays of this module."""
     for dumper in _DUMPERS:
         cursor.adapters.register_dumper(dumper.array, dumper)

@@ -59,7 +59,7 @@ create table orderbus.stuck (
     is_behind    boolean     not null
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
 create index stuck_key on orderbus.stuck (key, id) where key is not null;
-create index stuck_next_try_at on orderbus.stuck (next_try_at) where next_try_at is not null;
+create index stuck_next_try_at on orderbus.stuck (next_try_at, id) where next_try_at is not null;
 
 -- Relays that are alive, and which of the 64 buckets each of them holds.
 create table orderbus.relay (

@@ -1,0 +1,150 @@
+"""The tables: applied once by whoever comes first, checked, kept in partitions of a day, and emptied of what is too old."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+
+from orderbus._core.ids import uuid7
+from orderbus.abc import InboxEntry, Verdict
+from orderbus.adapters.postgres import PostgresStore, open_store, schema_sql
+from orderbus.adapters.postgres.partitions import create_partitions, partition_bounds
+from orderbus.errors import UsageError
+from tests.postgres.conftest import Sql
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+
+DAY_S = 86_400
+PARTITIONS = """select relname from pg_inherits join pg_class on oid = inhrelid
+    where inhparent = 'orderbus.inbox'::regclass and relname <> 'inbox_default' order by 1"""
+
+
+async def handle(store: PostgresStore, *ids: UUID) -> list[Verdict]:
+    transaction = await store.begin([InboxEntry(event_id, "c", 1) for event_id in ids])
+    await transaction.commit([], [])
+    return list(transaction.verdicts)
+
+
+def today(query: Sql) -> datetime.date:
+    found: datetime.date = query("select (now() at time zone 'utc')::date")[0][0]
+    return found
+
+
+def an_id(day: datetime.date) -> UUID:
+    return uuid7((partition_bounds(day)[0].int >> 80) + 3_600_000, 7)
+
+
+async def test_appliers_take_turns_and_the_second_finds_nothing_to_do(url: str) -> None:
+    async with open_store(url, name="tests") as store:
+        with pytest.raises(UsageError, match=r"is missing; run `orderbus schema apply`"):
+            await store.check()
+
+        applied = await asyncio.gather(*(store.apply_schema() for _ in range(4)))
+
+        assert sorted(applied) == [[], [], [], [1]]
+        await store.check()
+
+
+async def test_the_printed_sql_makes_the_same_schema(url: str, query: Sql) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute(schema_sql())
+    async with open_store(url, name="tests") as store:
+        await store.check()
+        assert await handle(store, uuid4()) == [Verdict.NEW]
+        await store.maintain(7 * DAY_S)
+    assert len(query(PARTITIONS)) == 9
+
+
+async def test_a_database_of_a_newer_orderbus_is_refused(store: PostgresStore, query: Sql) -> None:
+    query("insert into orderbus.schema_version values (999)")
+    for call in (store.check, store.apply_schema):
+        with pytest.raises(UsageError, match="is of version 999"):
+            await call()
+
+
+async def test_an_older_database_is_told_the_command(store: PostgresStore, query: Sql) -> None:
+    query("update orderbus.schema_version set version = 0")
+    with pytest.raises(UsageError, match="orderbus schema apply"):
+        await store.check()
+
+
+async def test_partitions_are_there_from_today_to_eight_days_ahead(store: PostgresStore, query: Sql) -> None:
+    first = today(query)
+    days = [first + datetime.timedelta(days=ahead) for ahead in range(9)]
+
+    assert query(PARTITIONS) == [(day.strftime("inbox_%Y%m%d"),) for day in days]
+    await handle(store, an_id(days[0]), an_id(days[8]), an_id(days[8] + datetime.timedelta(days=1)), uuid4())
+    where = [name for (name,) in query("select tableoid::regclass::text from orderbus.inbox order by 1")]
+    assert where == [
+        days[0].strftime("orderbus.inbox_%Y%m%d"),
+        days[8].strftime("orderbus.inbox_%Y%m%d"),
+        "orderbus.inbox_default",
+        "orderbus.inbox_default",
+    ]
+
+
+async def test_rows_of_a_day_without_a_partition_move_into_it_and_stay_known(store: PostgresStore, query: Sql) -> None:
+    day = today(query)
+    query(f"drop table {day.strftime('orderbus.inbox_%Y%m%d')}")
+    assert await handle(store, an_id(day)) == [Verdict.NEW]
+
+    await store.maintain(7 * DAY_S)
+
+    assert query("select tableoid::regclass::text from orderbus.inbox") == [(day.strftime("orderbus.inbox_%Y%m%d"),)]
+    assert await handle(store, an_id(day)) == [Verdict.DUPLICATE]
+
+
+async def _old_partition(query: Sql, days_ago: int) -> datetime.date:
+    day = today(query) - datetime.timedelta(days=days_ago)
+    first, next_first = partition_bounds(day)
+    name = day.strftime("orderbus.inbox_%Y%m%d")
+    query(f"create table {name} partition of orderbus.inbox for values from ('{first}') to ('{next_first}')")
+    return day
+
+
+async def test_a_past_day_is_dropped_only_when_nothing_in_it_was_handled_inside_the_window(
+    store: PostgresStore, query: Sql
+) -> None:
+    late, old, recent = [await _old_partition(query, days_ago) for days_ago in (20, 10, 3)]
+    await handle(store, an_id(late), an_id(old), an_id(recent), uuid4())
+    query("update orderbus.inbox set handled_at = now() - interval '8 days' where event_id <> %s", an_id(late))
+
+    await store.maintain(7 * DAY_S)
+
+    kept = {name for (name,) in query(PARTITIONS)}
+    assert late.strftime("inbox_%Y%m%d") in kept
+    assert old.strftime("inbox_%Y%m%d") not in kept
+    assert recent.strftime("inbox_%Y%m%d") in kept
+    assert query("select event_id from orderbus.inbox order by 1") == [(an_id(late),), (an_id(recent),)]
+
+
+async def test_a_busy_inbox_does_not_wait_for_maintenance_nor_the_other_way_round(store: PostgresStore, query: Sql) -> None:
+    """An open transaction keeps an old partition from being dropped; it is emptied, and dropped the next time."""
+    old = await _old_partition(query, 10)
+    await handle(store, an_id(old))
+    query("update orderbus.inbox set handled_at = now() - interval '9 days'")
+    busy = await store.begin([InboxEntry(an_id(today(query)), "c", 1)])
+
+    await store.maintain(7 * DAY_S)
+    assert (old.strftime("inbox_%Y%m%d"),) in query(PARTITIONS)
+    await busy.commit([], [])
+    await store.maintain(7 * DAY_S)
+
+    assert (old.strftime("inbox_%Y%m%d"),) not in query(PARTITIONS)
+    assert await handle(store, an_id(today(query))) == [Verdict.DUPLICATE]
+
+
+async def test_two_maintainers_do_not_collide(store: PostgresStore, query: Sql) -> None:
+    query(f"drop table {today(query).strftime('orderbus.inbox_%Y%m%d')}")
+    await asyncio.gather(*(store.maintain(7 * DAY_S) for _ in range(4)))
+    assert len(query(PARTITIONS)) == 9
+
+
+async def test_creating_partitions_again_creates_none(store: PostgresStore) -> None:
+    transaction = await store.begin()
+    assert await create_partitions(transaction.connection) == []
+    await transaction.rollback()
