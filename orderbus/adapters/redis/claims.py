@@ -1,15 +1,16 @@
 """Claims in Redis: a hash a key, changed by one script a batch, each key atomically.
 
-A hash holds `fingerprint`, and either `token` (claimed) or `answer` (done); its time to live is the lease, or how long the
-answer is kept. Redis counts that time by its own clock, so no two processes need agree on theirs.
+A hash holds `fingerprint`, `token` (who claimed it), and `answer` once it is done; its time to live is the lease, or how long the
+answer is kept. Redis counts that time by its own clock, so no two processes need agree on theirs. Each script may run twice with
+the same effect: a call is sent again where its connection broke, and the first may have arrived.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -52,13 +53,13 @@ for n, key in ipairs(KEYS) do
 end
 return found"""
 
-# ARGV: token, how long to keep in ms, then an answer for each key.
+# ARGV: token, how long to keep in ms, then an answer for each key. The same answer again, by the same token, is no loss.
 _COMPLETE = """\
 local stored = {}
 for n, key in ipairs(KEYS) do
     stored[n] = 0
-    if redis.call('hget', key, 'token') == ARGV[1] then
-        redis.call('hdel', key, 'token')
+    local held = redis.call('hmget', key, 'token', 'answer')
+    if held[1] == ARGV[1] and (not held[2] or held[2] == ARGV[n + 2]) then
         redis.call('hset', key, 'answer', ARGV[n + 2])
         redis.call('pexpire', key, ARGV[2])
         stored[n] = 1
@@ -69,7 +70,8 @@ return stored"""
 # ARGV: token.
 _RELEASE = """\
 for _, key in ipairs(KEYS) do
-    if redis.call('hget', key, 'token') == ARGV[1] then
+    local held = redis.call('hmget', key, 'token', 'answer')
+    if held[1] == ARGV[1] and not held[2] then
         redis.call('del', key)
     end
 end
@@ -77,26 +79,30 @@ return 0"""
 
 
 @asynccontextmanager
-async def open_claims(url: str, *, prefix: str = "ob:") -> AsyncIterator[RedisClaims]:
+async def open_claims(
+    url: str, *, prefix: str = "ob:", connect_s: float = CONNECT_S, call_s: float = CALL_S
+) -> AsyncIterator[RedisClaims]:
     """Open claims at `redis://…`, `rediss://…` or `unix://…`; every key begins with `prefix`. asyncio only.
 
-    Redis need not be up: calls raise UnavailableError until it is. Raises UsageError for a URL that can't be read.
+    Redis need not be up: calls raise UnavailableError until it is, at the latest after `call_s`, of which connecting may take
+    `connect_s`. Raises UsageError for a URL that can't be read, without repeating it: it may hold a password.
     """
     try:
         pool: Any = BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
-            timeout=CALL_S,
-            socket_connect_timeout=CONNECT_S,
-            socket_timeout=CALL_S,
+            timeout=call_s,
+            socket_connect_timeout=connect_s,
+            socket_timeout=call_s,
             health_check_interval=30,
             retry=Retry(NoBackoff(), 1),  # one more try: a connection of the pool may have been closed while it rested
         )
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"the address of Redis can't be read: {error}") from error
+        where = _where(pool.connection_kwargs)
+    except (ValueError, TypeError):
+        raise UsageError("the Redis URL can't be read; write redis://user:password@host:6379/0") from None
     client = Redis(connection_pool=pool)
     try:
-        yield RedisClaims(client, prefix=prefix, where=_where(url))
+        yield RedisClaims(client, prefix=prefix, where=where, limit_s=call_s)
     finally:
         await client.aclose()
         await pool.aclose()
@@ -105,9 +111,10 @@ async def open_claims(url: str, *, prefix: str = "ob:") -> AsyncIterator[RedisCl
 class RedisClaims:
     """Implements orderbus.abc.Claims: one round trip a call, whatever the number of keys."""
 
-    def __init__(self, client: Redis, *, prefix: str, where: str) -> None:
+    def __init__(self, client: Redis, *, prefix: str, where: str, limit_s: float) -> None:
         self._prefix = prefix
         self._where = where
+        self._limit_s = limit_s
         self._claim = client.register_script(_CLAIM)
         self._complete = client.register_script(_COMPLETE)
         self._release = client.register_script(_RELEASE)
@@ -131,7 +138,10 @@ class RedisClaims:
 
     async def _call(self, script: Callable[..., Awaitable[Any]], keys: list[str], arguments: list[Any]) -> Any:
         try:
-            return await script(keys=keys, args=arguments)
+            async with asyncio.timeout(self._limit_s):
+                return await script(keys=keys, args=arguments)
+        except TimeoutError as error:
+            raise UnavailableError(f"Redis at {self._where}: no answer within {self._limit_s:g} s") from error
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             raise UnavailableError(f"Redis at {self._where}: {error}") from error
         except RedisError as error:
@@ -150,6 +160,7 @@ def _answer(state: bytes) -> ClaimAnswer:
     return ClaimAnswer(ClaimState.DONE, state[1:])
 
 
-def _where(url: str) -> str:
-    parts = urlsplit(url)
-    return parts.path if parts.scheme == "unix" else f"{parts.hostname or '127.0.0.1'}:{parts.port or 6379}{parts.path}"
+def _where(given: Mapping[str, Any]) -> str:
+    """`host:port/db`, or the socket's path."""
+    place = given.get("path") or f"{given.get('host', 'localhost')}:{given.get('port', 6379)}"
+    return f"{place}/{given.get('db', 0)}"

@@ -18,8 +18,8 @@ async def server_version(url: str) -> str:
     """Connect, ask, and leave. Raises UnavailableError, naming host and port, and UsageError for a URL that can't be read."""
     try:
         client = redis.Redis.from_url(url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S)
-    except ValueError as error:
-        raise UsageError(f"the Redis URL can't be read: {error}; write redis://user:password@host:6379/0") from error
+    except ValueError:
+        raise UsageError("the Redis URL can't be read; write redis://user:password@host:6379/0") from None
     given = client.connection_pool.connection_kwargs
     host, port = given.get("host", "localhost"), given.get("port", 6379)
     where = f"Redis at {given.get('path') or f'{host}:{port}'}"
