@@ -84,10 +84,10 @@ class Shop:
                 tx.emit(event)
 
     async def rows(self, query: str) -> list[tuple[Any, ...]]:
-        return await (await self._connection.execute(query)).fetchall()  # type: ignore[arg-type]
+        return await (await self._connection.execute(query)).fetchall()
 
     async def change(self, statement: str) -> None:
-        await self._connection.execute(statement)  # type: ignore[arg-type]
+        await self._connection.execute(statement)
 
     async def until_rows(self, query: str, expected: Sequence[tuple[Any, ...]]) -> None:
         """Wait until a query gives exactly these rows."""
