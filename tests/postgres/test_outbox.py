@@ -222,3 +222,21 @@ async def test_orphans_are_not_promoted_while_their_predecessor_is_there(store: 
     await transaction.commit([], [])
 
     assert await store.outbox.due(ALL, 100) == []
+
+
+async def test_a_plan_made_while_the_outbox_was_short_uses_the_index_when_it_is_long(store: PostgresStore, query: Sql) -> None:
+    """Counted by PostgreSQL itself: how often the table was read as a whole."""
+    await emit(store, [row(n, f"k{n}") for n in range(30)])
+    query("vacuum analyze orderbus.outbox")
+    for _ in range(10):
+        page = await store.outbox.read(ALL, 0, 1, PLENTY)
+        await store.outbox.delete(page.rows)
+    scans = "select seq_scan from pg_stat_xact_user_tables where relid = 'orderbus.outbox'::regclass"
+
+    async with store.outbox._connection() as connection, connection.transaction():
+        await connection.execute("prepare del (bigint[]) as delete from orderbus.outbox where id = any ($1)")
+        for _ in range(10):
+            await connection.execute("execute del (array[1])")
+        found = await (await connection.execute(scans)).fetchone()
+
+    assert found == (0,)

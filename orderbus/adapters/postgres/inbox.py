@@ -49,6 +49,7 @@ async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: 
             uuid_array([event_id for event_id, _ in rows]),
             int4_array([number for _, number in rows]),
             int8_array([wanted[row] for row in rows]),
+            prepare=True,
         )
     if cursor.rowcount == len(entries):
         return [Verdict.NEW] * len(entries)
@@ -64,6 +65,7 @@ async def forget(connection: Connection, entries: Sequence[InboxEntry], numbers:
         _FORGET,
         uuid_array([entry.event_id for entry in entries]),
         int4_array([numbers[entry.consumer] for entry in entries]),
+        prepare=False,
     )
 
 
@@ -87,7 +89,11 @@ async def _look_up(connection: Connection, rows: Sequence[tuple[Any, int]]) -> d
     if not rows:
         return {}
     cursor = await _execute(
-        connection, _LOOK_UP, uuid_array([event_id for event_id, _ in rows]), int4_array([number for _, number in rows])
+        connection,
+        _LOOK_UP,
+        uuid_array([event_id for event_id, _ in rows]),
+        int4_array([number for _, number in rows]),
+        prepare=False,
     )
     found = {(event_id, number): body_hash for event_id, number, body_hash in await cursor.fetchall()}
     if len(found) < len(rows):
@@ -113,7 +119,8 @@ def _verdicts(
     return verdicts
 
 
-async def _execute(connection: Connection, query: str, *params: Any) -> AsyncCursor[Any]:
+async def _execute(connection: Connection, query: str, *params: Any, prepare: bool) -> AsyncCursor[Any]:
+    """Rare queries are planned each time: a plan that was cached while a day's partition was empty may read all of it later."""
     cursor = connection.cursor(binary=True)
     register(cursor)
-    return await cursor.execute(query, params, prepare=True)
+    return await cursor.execute(query, params, prepare=prepare)

@@ -20,7 +20,7 @@ from psycopg.rows import tuple_row
 from orderbus.adapters.postgres.errors import limited
 from orderbus.errors import UnavailableError, UsageError
 
-__all__ = ["Connection", "Pool", "conninfo_for", "where_of"]
+__all__ = ["Connection", "Pool", "conninfo_for", "where_of", "with_options"]
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -118,6 +118,12 @@ def conninfo_for(url: str, *, name: str, statement_timeout_ms: int, lock_timeout
         "options": f"{options} {given.get('options') or ''}".strip(),
     }
     return make_conninfo("", **settings)
+
+
+def with_options(conninfo: str, **options: str) -> str:
+    """The same with more of the server's settings, which go before those it has."""
+    before = str(conninfo_to_dict(conninfo).get("options") or "")
+    return make_conninfo(conninfo, options=" ".join([before, *(f"-c {name}={value}" for name, value in options.items())]).strip())
 
 
 def where_of(conninfo: str) -> str:
