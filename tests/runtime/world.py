@@ -91,16 +91,18 @@ class Log:
     def __init__(self) -> None:
         self.lines: list[Any] = []
         self.times: list[float] = []
+        """In seconds since the log was opened."""
+        self._opened = anyio.current_time()
         self._changed = anyio.Event()
 
     def __call__(self, line: Any) -> None:
         self.lines.append(line)
-        self.times.append(anyio.current_time())
+        self.times.append(anyio.current_time() - self._opened)
         self._changed.set()
         self._changed = anyio.Event()
 
     async def reached(self, count: int) -> list[Any]:
-        with anyio.fail_after(100_000):
+        with anyio.fail_after(20_000):
             while len(self.lines) < count:
                 await self._changed.wait()
         return self.lines

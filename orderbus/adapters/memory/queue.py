@@ -131,7 +131,8 @@ class MemoryQueue:
         return self._ready[0].expires_at if self._ready else math.inf
 
     def may_take(self, consumer: MemorySubscription) -> bool:
-        return not self.declared.single_active_consumer or self.consumers[0] is consumer
+        """Also asked for one that has just left, and still waits: then there may be no other."""
+        return not self.declared.single_active_consumer or self.consumers[:1] == [consumer]
 
     def notify(self) -> None:
         """Wake one consumer if there is something for it. If it leaves something, it wakes the next: a burst wakes each once."""
