@@ -34,9 +34,10 @@ LOST_SESSION_GRACE_S = 5.0
 SOLO_AFTER = 3
 """A unit that failed this often for want of a server is taken apart: one member may be what drives it away."""
 PUBLISH_TRIES = 10
-PACE_S = 0.01
-"""A busy worker begins a unit that is not full this long after its last one began: with it, the units of a loaded service fill
-up instead of costing a transaction for every few messages. A worker that was idle begins at once."""
+PACE = 2.0
+SHORTEST_PACE_S, LONGEST_PACE_S = 0.005, 0.05
+"""A busy worker waits `PACE` times as long as its last unit took before it begins one that is not full, within these bounds: the
+more loaded the machine, the fuller the units, instead of a transaction for every few messages. An idle worker begins at once."""
 PATIENCE_S = 2.0
 """For so long the head of a key may be retried while its followers fill the prefetch, and so hold up other keys."""
 FINAL_STEPS = {Step.FINISH: Settlement.ACK, Step.GIVE_BACK: Settlement.RELEASE, Step.REJECT: Settlement.REJECT}
@@ -187,7 +188,11 @@ class _Session:
         self._closed = True
         self._closing.set()
         if not self._lost and not self._c._ordered:
-            await self._subscription.pause()
+            try:
+                await self._subscription.pause()
+            except UnavailableError as error:
+                log.warning("queue %s: %s; what has not begun goes back by itself", self._c.queue, error)
+                self._lost = True
         for work in self._intake.drain():
             self._give_back(work)
         for event in self._idle:
@@ -211,7 +216,7 @@ class _Session:
                 await event.wait()
                 continue
             self.running += len(unit)
-            next_at = anyio.current_time() + PACE_S
+            began = anyio.current_time()
             try:
                 await self._unit(unit)
             except BaseException:
@@ -221,6 +226,8 @@ class _Session:
                 raise
             finally:
                 self.running -= len(unit)
+            ended = anyio.current_time()
+            next_at = ended + min(max(PACE * (ended - began), SHORTEST_PACE_S), LONGEST_PACE_S)
 
     def _wake_workers(self) -> None:
         needed = -(-self._intake.ready() // self._c._fuse)

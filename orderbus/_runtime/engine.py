@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import anyio
 import sniffio
+from anyio.abc import TaskStatus
 
 from orderbus._core.codec import Format
 from orderbus._core.handler import Handler, Periodic, Plan, queue_needs
@@ -63,7 +64,8 @@ class Engine:
         self._clock = clock
         self._rng = rng
         self._stack = AsyncExitStack()
-        self._tasks = anyio.create_task_group()
+        self._host = anyio.create_task_group()
+        self._life = anyio.CancelScope(shield=True)
         self._store: Store | None = None
         self._claims: Claims | None = None
         self._broker: Broker | None = None
@@ -84,15 +86,16 @@ class Engine:
     async def __aenter__(self) -> Engine:
         async with AsyncExitStack() as stack:
             await self._open_adapters(stack)
-            await stack.enter_async_context(self._tasks)
+            await stack.enter_async_context(self._host)
+            await self._host.start(self._live)
             failure: Exception | None = None
             try:
                 await self._start()
             except Exception as error:
                 failure = error  # raised outside of the task group, which would wrap it in a group
-                self._tasks.cancel_scope.cancel()
+                self._life.cancel()
             except BaseException:
-                self._tasks.cancel_scope.cancel()
+                self._life.cancel()
                 raise
             else:
                 self._stack = stack.pop_all()
@@ -104,12 +107,19 @@ class Engine:
         try:
             await self.drain()
         finally:
-            self._tasks.cancel_scope.cancel()
+            self._life.cancel()
             if isinstance(error, anyio.get_cancelled_exc_class()):
                 await self._stack.__aexit__(kind, error, trace)
             else:
                 # The caller's own error goes on as it is: given to the task group, it would come out wrapped in a group.
                 await self._stack.__aexit__(None, None, None)
+
+    async def _live(self, *, task_status: TaskStatus[None]) -> None:
+        """All tasks of the bus, shielded: where its `async with` is cancelled, the body ends at once and they are drained."""
+        with self._life:
+            async with anyio.create_task_group() as self._tasks:
+                task_status.started()
+                await anyio.sleep_forever()
 
     async def _open_adapters(self, stack: AsyncExitStack) -> None:
         settings = self._settings

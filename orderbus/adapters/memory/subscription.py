@@ -73,14 +73,21 @@ class MemorySubscription:
             self._queue.notify()
 
     async def pause(self) -> None:
-        """Hand over nothing more. Where the queue has a single active consumer, this one stays it until it leaves."""
+        """Hand over nothing more. Where the queue has a single active consumer, this one stays it until it leaves.
+
+        Raises UnavailableError once the subscription has ended.
+        """
         await checkpoint()
+        if self._ended_because is not None:
+            raise UnavailableError(self._ended_because)
         self._is_paused = True
         self._queue.notify()
 
     async def flush(self) -> None:
-        """Settlements take effect at once; there is nothing to wait for."""
+        """Settlements take effect at once; there is nothing to wait for. Raises UnavailableError once the subscription has ended."""
         await checkpoint()
+        if self._ended_because is not None:
+            raise UnavailableError(self._ended_because)
 
     def wants_more(self) -> bool:
         return not self._is_paused and len(self._unsettled) < self._prefetch
