@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import typing
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any, get_args, get_origin
 
+import anyio
 import msgspec
 
 from orderbus.errors import UsageError
+
+log = logging.getLogger("orderbus")
+
+CLOSE_S = 10.0
 
 
 class Resource(msgspec.Struct, frozen=True):
@@ -42,7 +48,11 @@ def resource_of(function: Callable[[], AsyncIterator[Any]]) -> Resource:
 
 
 class Resources:
-    """Opens resources in the order of their registration, closes them in reverse."""
+    """Opens resources in the order of their registration, closes them in reverse.
+
+    A resource always goes on after its `yield`, also where the bus ends by an error or is cancelled: that is none of its
+    business, and what stands there must run.
+    """
 
     def __init__(self, declared: Mapping[type, Resource]) -> None:
         self._declared = declared
@@ -50,11 +60,19 @@ class Resources:
         self.values: dict[type, Any] = {}
 
     async def __aenter__(self) -> Resources:
-        async with AsyncExitStack() as stack:
+        try:
             for kind, resource in self._declared.items():
-                self.values[kind] = await stack.enter_async_context(asynccontextmanager(resource.function)())
-            self._stack = stack.pop_all()
+                self.values[kind] = await self._stack.enter_async_context(asynccontextmanager(resource.function)())
+        except BaseException:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+        await self._close()
+
+    async def _close(self) -> None:
+        with anyio.move_on_after(CLOSE_S, shield=True) as time:
+            await self._stack.aclose()
+        if time.cancelled_caught:
+            log.error("a resource did not close within %g s; left to itself", CLOSE_S)

@@ -38,9 +38,7 @@ class Encoding:
         """Raises UsageError for what is no event, has no topic, is too large, or is due at a time without a zone."""
         kind = event_type(type(event))
         event_id = uuid7(int(self.clock() * 1000), self.rng.getrandbits(80))
-        key = event_key(event)
-        if key is not None and len(key.encode()) > MOST_KEY_BYTES:
-            raise UsageError(f"event {type(event).__name__}: its key is {len(key.encode())} bytes; at most {MOST_KEY_BYTES}")
+        key = _checked_key(event)
         if due_at is not None and due_at.tzinfo is None:
             raise UsageError(
                 f"event {type(event).__name__}: due_at={due_at!r} has no time zone; use datetime.now(timezone.utc) + …"
@@ -56,6 +54,18 @@ class Encoding:
             unrouted=kind.unrouted,
             due_at_ms=None if due_at is None else int(due_at.timestamp() * 1000),
         )
+
+
+def _checked_key(event: Event) -> str | None:
+    key = event_key(event)
+    if key is None:
+        return None
+    size_bytes = len(key.encode("utf-8", "replace"))
+    if size_bytes > MOST_KEY_BYTES:
+        raise UsageError(f"event {type(event).__name__}: its key is {size_bytes} bytes; at most {MOST_KEY_BYTES}")
+    if not key.isprintable() and ("\0" in key or any("\ud800" <= char <= "\udfff" for char in key)):
+        raise UsageError(f"event {type(event).__name__}: its key {key!r} holds what neither UTF-8 nor PostgreSQL can store")
+    return key
 
 
 class Tx:
