@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["EnlistedTransaction", "PostgresTransaction"]
 
+CANCEL_S = 5.0
+
 
 class PostgresTransaction:
     """An open transaction on a pooled connection; implements orderbus.abc.Transaction.
@@ -33,6 +36,7 @@ class PostgresTransaction:
         self._open: Connection | None = connection
         self._numbers = numbers
         self._limit_s = limit_s
+        self._cancel = connection.pgconn.get_cancel()
 
     @property
     def connection(self) -> Connection:
@@ -62,9 +66,16 @@ class PostgresTransaction:
             self.abandon()
 
     async def rollback(self) -> None:
-        """Also ends a transaction whose connection is gone; a second call does nothing."""
+        """Also ends a transaction whose connection is gone; a second call does nothing.
+
+        psycopg closes a connection whose statement is cancelled twice, as anyio does, and the server would run that statement to
+        its end, with all its locks. So it is told to stop, on a connection of its own.
+        """
         try:
-            if self._open is not None and not self._open.closed:
+            if self._open is not None and self._open.closed:
+                async with limited(self._pool.where, CANCEL_S):
+                    await asyncio.to_thread(self._cancel.cancel)
+            elif self._open is not None:
                 async with limited(self._pool.where, self._limit_s):
                     await self._open.rollback()
         except (psycopg.Error, UnavailableError):
