@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from uuid import UUID
 
 import anyio
@@ -248,6 +248,12 @@ class Bus:
         """
         async with self._open.enlist(connection) as tx:
             yield tx
+
+    @overload
+    async def group_commit(self, work: Callable[[Tx], Awaitable[T]]) -> T: ...
+
+    @overload
+    async def group_commit(self, work: Callable[[Tx], T]) -> T: ...
 
     async def group_commit(self, work: Callable[[Tx], Awaitable[T] | T]) -> T:
         """Run `work(tx)` in a transaction shared with other callers that wait at the same time; its result once committed.
