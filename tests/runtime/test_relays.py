@@ -1,0 +1,189 @@
+"""Relays that share the outbox, die, stop, and wait for servers."""
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from orderbus import Event, Settings, Tx, UnavailableError
+from orderbus._core.message import Outgoing, Receipt
+from orderbus._core.topology import BUCKETS, QueueNeed, topology_for
+from orderbus._runtime.relay import Relay
+from orderbus._runtime.stats import Stats
+from orderbus._runtime.tx import Encoding
+from tests.runtime.faults import StoreFaults
+from tests.runtime.world import Log, Placed, World, receipt_of, until
+
+pytestmark = pytest.mark.anyio
+
+QUEUE = "audit.all"
+
+
+async def listen(world: World, *topics: str) -> None:
+    """A queue that gets all events of these topics, and keeps them."""
+    await world.broker.apply(topology_for([QueueNeed(QUEUE, topics or ("orders.placed", "orders.cancelled", "orders.paid"))]))
+
+
+def heard(world: World) -> list[tuple[str | None, bytes]]:
+    return [(message.properties.headers.get("ob-key"), message.body) for message in world.broker.messages(QUEUE)]
+
+
+def numbers(world: World, key: str) -> list[int]:
+    return [int(body.split(b'"n":')[1].rstrip(b"}")) for k, body in heard(world) if k == key]
+
+
+async def emit(world: World, *events: Event) -> None:
+    """Commit events in one transaction, without any bus."""
+    encoding = Encoding(form="json", limit_bytes=1 << 20, clock=world.now, rng=random.Random(1))
+    tx = Tx(await world.store.begin(), encoding)
+    for event in events:
+        tx.emit(event)
+    await tx._commit()
+
+
+@asynccontextmanager
+async def relay(world: World, owner: str = "one", **settings: object) -> AsyncIterator[Relay]:
+    """A relay that dies at the end of the block, without giving back what it holds."""
+    made = Relay(world.store.outbox, world.broker, Settings(**settings), Stats(), owner, random.Random(1))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(made.run)
+        yield made
+        tasks.cancel_scope.cancel()
+
+
+async def test_two_relays_share_the_buckets_and_together_publish_everything_once(world: World) -> None:
+    await listen(world)
+    held: dict[str, frozenset[int]] = {}
+    lease = world.store.outbox.lease
+
+    async def seen(owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
+        held[owner] = await lease(owner, lease_s, keep)
+        return held[owner]
+
+    world.store.outbox.lease = seen
+    async with relay(world, "one"), relay(world, "two"):
+        await until(lambda: len(held) == 2 and all(len(buckets) == BUCKETS // 2 for buckets in held.values()))
+        for n in range(10):
+            await emit(world, *(Placed(order=f"key{k}", n=n) for k in range(40)))
+            await anyio.sleep(0.1)
+        await until(lambda: len(heard(world)) >= 400)
+        await anyio.sleep(30)
+
+    assert not held["one"] & held["two"]
+    assert len(heard(world)) == 400
+    for k in range(40):
+        assert numbers(world, f"key{k}") == list(range(10))
+
+
+async def test_a_relay_that_died_is_replaced_when_its_lease_has_ended(world: World) -> None:
+    await listen(world)
+    async with relay(world, "one", relay_lease_s=10):
+        await anyio.sleep(5)
+    died_at = anyio.current_time()
+    await emit(world, *(Placed(order=f"key{k}") for k in range(40)))
+
+    async with relay(world, "two", relay_lease_s=10):
+        await until(lambda: len(heard(world)) == 40)
+
+    assert 5 <= anyio.current_time() - died_at <= 15
+
+
+async def test_a_relay_that_stopped_gives_its_buckets_back_at_once(world: World) -> None:
+    await listen(world)
+    async with world.bus():
+        await anyio.sleep(5)
+    stopped_at = anyio.current_time()
+    await emit(world, *(Placed(order=f"key{k}") for k in range(40)))
+
+    async with relay(world, "two"):
+        await until(lambda: len(heard(world)) == 40)
+
+    assert anyio.current_time() - stopped_at <= 0.5
+
+
+async def test_a_relay_whose_lease_is_nearly_over_publishes_nothing_before_it_is_renewed(world: World) -> None:
+    await listen(world)
+    log = Log()
+    read, lease, publish = world.store.outbox.read, world.store.outbox.lease, world.broker.publish
+
+    async def slow_read(*arguments: object) -> object:
+        page = await read(*arguments)
+        if page.rows and not log.lines:
+            log("slow read")
+            await anyio.sleep(8)
+        return page
+
+    async def logged_lease(*arguments: object) -> frozenset[int]:
+        log("lease")
+        return await lease(*arguments)
+
+    async def logged_publish(batch: Sequence[Outgoing]) -> Sequence[Receipt]:
+        log("publish")
+        return await publish(batch)
+
+    async with relay(world, relay_lease_s=10):
+        await anyio.sleep(1)
+        world.store.outbox.read, world.store.outbox.lease, world.broker.publish = slow_read, logged_lease, logged_publish
+        await emit(world, Placed(order="a"))
+        await until(lambda: heard(world))
+
+    assert log.lines == ["slow read", "lease", "publish"]
+
+
+async def test_a_relay_waits_for_a_database_with_back_off_and_goes_on_where_it_was(world: World) -> None:
+    await listen(world)
+    faults = StoreFaults(world.store)
+    asked = Log()
+
+    def counted() -> None:
+        asked("asked")
+        if faults.is_away:
+            raise UnavailableError("the database is away")
+
+    faults.check = counted
+    faults.is_away = True
+    async with relay(world):
+        await anyio.sleep(60)
+        tries = len(asked.lines)
+        faults.is_away = False
+        await emit(world, Placed(order="a"))
+        await until(lambda: heard(world))
+
+    assert 12 <= tries <= 32
+
+
+async def test_a_blocked_broker_holds_the_relay_up_and_loses_nothing(world: World) -> None:
+    bus = world.bus(grace_s=2)
+    await listen(world)
+
+    async with bus:
+        world.broker.block()
+        async with bus.transaction() as tx:
+            tx.emit(Placed(order="a"))
+        await anyio.sleep(60)
+        assert heard(world) == []
+        world.broker.unblock()
+        await until(lambda: heard(world))
+        world.broker.block()
+        async with bus.transaction() as tx:
+            tx.emit(Placed(order="b"))
+        await anyio.sleep(1)
+
+    assert not receipt_of(bus).clean
+    assert receipt_of(bus).seconds == pytest.approx(2, abs=0.5)
+    assert len(world.store.outbox.rows()) == 1
+
+
+async def test_a_bus_that_relays_nothing_leaves_the_rows_to_others(world: World) -> None:
+    bus = world.bus(relay=False)
+    await listen(world)
+
+    async with bus:
+        async with bus.transaction() as tx:
+            tx.emit(Placed(order="a"))
+        await anyio.sleep(60)
+        assert len(world.store.outbox.rows()) == 1
+        async with relay(world):
+            await until(lambda: heard(world))
