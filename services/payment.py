@@ -53,7 +53,7 @@ async def rules() -> AsyncIterator[Rules]:
     yield from_environment(Rules, "PAYMENT_")
 
 
-@bus.on_batch(OrderPlaced, most=200, concurrency=2, retry=Retry.exponential(first=0.1, limit=5.0, attempts=6))
+@bus.on_batch(OrderPlaced, most=200, retry=Retry.exponential(first=0.1, limit=5.0, attempts=6))
 async def authorize(batch: Batch[OrderPlaced], tx: Tx, rules: Rules) -> list[PaymentAuthorized | PaymentDeclined]:
     """Decide a batch with one statement. What is answered is what the row then holds, which is not always what was decided."""
     rows: list[tuple[UUID, str, int, str | None]] = []

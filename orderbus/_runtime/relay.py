@@ -25,8 +25,10 @@ from orderbus.errors import UnavailableError
 log = logging.getLogger("orderbus.relay")
 
 DUE_EVERY_S = 0.5
-PACE_S = 0.01
-"""While it is busy and its pages are not full, a relay begins a page this long after the last began: fewer, fuller round trips."""
+PACE = 2.0
+SHORTEST_PACE_S, LONGEST_PACE_S = 0.005, 0.05
+"""A busy relay whose page was not full waits `PACE` times as long as it took before it reads the next, within these bounds:
+fewer, fuller round trips the more loaded the machine is."""
 READ_BYTES = 8 * 1024 * 1024
 
 
@@ -81,7 +83,8 @@ class Relay:
             if found >= self._batch // 2:
                 continue
             if found:
-                await self._pause(began + PACE_S - anyio.current_time())
+                took_s = anyio.current_time() - began
+                await self._pause(min(max(PACE * took_s, SHORTEST_PACE_S), LONGEST_PACE_S))
             else:
                 await self._sleep(idle_wait_s(self._empty_reads))
         if self._buckets:

@@ -17,7 +17,7 @@ from orderbus.errors import TopologyError, UnavailableError
 log = logging.getLogger("orderbus.rabbitmq")
 
 _FIX = "drain and delete it, so that it can be declared anew, or go back to the arguments it has"
-_PERMISSION_FIX = "give the user the permission to configure it, or let somebody who has it run `orderbus topology apply`"
+_PERMISSION_FIX = "give the user the permission to configure it, or open the bus once as a user who has it"
 
 
 async def apply_topology(connection: Connection, topology: Topology) -> None:
