@@ -113,7 +113,9 @@ class RabbitBroker:
         """How many messages are ready in a queue. Raises UsageError where there is no such queue."""
         ready = await ready_count(await self._consuming_connection(), queue)
         if ready is None:
-            raise UsageError(f"there is no queue {queue!r} at {self._address.shown}; open the bus that consumes it once, and it is declared")
+            raise UsageError(
+                f"there is no queue {queue!r} at {self._address.shown}; open the bus that consumes it once, and it is declared"
+            )
         return ready
 
     async def _consuming_connection(self) -> Connection:
