@@ -1,4 +1,4 @@
-"""The runtime on a real PostgreSQL, in real time: on asyncio, and on trio through the portal."""
+"""The runtime on a real PostgreSQL, in real time: on asyncio with and without uvloop, and on trio through the portal."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -51,13 +51,19 @@ def db(module_url: str) -> Iterator[psycopg.Connection[Any]]:
         yield connection
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 @pytest.fixture
-async def world(anyio_backend: str) -> AsyncIterator[World]:
+async def world(anyio_backend: Any) -> AsyncIterator[World]:
     async with open_world() as world:
         yield world
 
