@@ -118,14 +118,10 @@ class Relay:
             self._due_at = now + DUE_EVERY_S
             due = await self._outbox.due(buckets, self._batch)
             if due:
-                await self._publish(due)
-                found = len(due)
+                found = await self._publish(due)
         page = await self._outbox.read(buckets, self._floor.value, self._batch, READ_BYTES)
         self._floor.read(xmin=page.xmin, last_id=page.last_id, lowest_id=page.rows[0].id if page.rows else None)
-        chosen = first_per_key(page.rows)
-        if chosen:
-            await self._publish(chosen)
-        return found + len(chosen)
+        return found + (await self._publish(page.rows) if page.rows else 0)
 
     async def _renew(self, now: float) -> None:
         """Counted from before the call: the database's lease ends no earlier than ours."""
@@ -138,31 +134,59 @@ class Relay:
             log.info("relay %s holds %d buckets", self._owner, len(held))
         self._buckets = held
 
-    async def _publish(self, rows: Sequence[OutboxRow]) -> None:
-        if anyio.current_time() >= self._publish_until:
-            self._renew_at = 0.0
-            return
-        receipts = await self._broker.publish([outgoing_of(row) for row in rows])
+    async def _publish(self, rows: Sequence[OutboxRow]) -> int:
+        """Publish rows in rounds of one a key, each round once the one before is confirmed; delete what is out. How many that was.
+
+        Rounds, because a key with many rows would else cost a read and a delete for each, and fill the pages of all other keys.
+        """
+        left = list(rows)
         gone: list[OutboxRow] = []
         stuck: list[Stuck] = []
-        for row, receipt in zip(rows, receipts, strict=True):
-            if receipt is Receipt.CONFIRMED:
-                self._stats.relayed += 1
-                gone.append(row)
-            elif receipt is Receipt.UNROUTABLE and row.unrouted == "drop":
-                self._stats.dropped += 1
-                gone.append(row)
-            elif receipt is not Receipt.UNKNOWN:
-                self._stats.stuck += 1
-                log.error("event %s (%s) is stuck: %s; it is tried again", row.event_id, row.topic, receipt.value)
-                stuck.append(Stuck(row, receipt.value, stuck_retry_s(row.attempts + 1, self._rng.random())))
+        waiting: set[str] = set()  # keys whose row did not get out: their later rows stay behind it
+        failure: UnavailableError | None = None
+        while failure is None and (now := first_per_key(left, waiting)):
+            if anyio.current_time() >= self._publish_until:
+                self._renew_at = 0.0
+                break
+            try:
+                receipts = await self._broker.publish([outgoing_of(row) for row in now])
+            except UnavailableError as error:
+                failure = error
+                break
+            unanswered = sum(receipt is Receipt.UNKNOWN for receipt in receipts)
+            if unanswered:
+                failure = UnavailableError(f"{unanswered} events were published without an answer")
+            for row, receipt in zip(now, receipts, strict=True):
+                if self._is_out(row, receipt, stuck):
+                    gone.append(row)
+                elif row.key is not None:
+                    waiting.add(row.key)
+            done = {row.id for row in now}
+            left = [row for row in left if row.id not in done]
+            if self._stopping:
+                break
         if stuck:
             await self._outbox.set_aside(stuck)
         if gone:
             mark = self._floor.mark()
             self._floor.deleted(mark, await self._outbox.delete(gone))
-        if len(gone) + len(stuck) < len(rows):
-            raise UnavailableError(f"{len(rows) - len(gone) - len(stuck)} events were published without an answer")
+        if failure is not None:
+            raise failure
+        return len(gone) + len(stuck)
+
+    def _is_out(self, row: OutboxRow, receipt: Receipt, stuck: list[Stuck]) -> bool:
+        """Whether a row is done with; one that the broker would not take joins the stuck."""
+        if receipt is Receipt.CONFIRMED:
+            self._stats.relayed += 1
+            return True
+        if receipt is Receipt.UNROUTABLE and row.unrouted == "drop":
+            self._stats.dropped += 1
+            return True
+        if receipt is not Receipt.UNKNOWN:
+            self._stats.stuck += 1
+            log.error("event %s (%s) is stuck: %s; it is tried again", row.event_id, row.topic, receipt.value)
+            stuck.append(Stuck(row, receipt.value, stuck_retry_s(row.attempts + 1, self._rng.random())))
+        return False
 
 
 def outgoing_of(row: OutboxRow) -> Outgoing:

@@ -159,6 +159,52 @@ async def test_events_of_one_key_come_out_in_the_order_of_their_commits_one_at_a
         assert len(keys) == len(set(keys))
 
 
+async def test_a_key_with_many_rows_costs_a_read_and_a_delete_for_a_page_and_not_for_each(world: World) -> None:
+    await listen(world)
+    calls: list[str] = []
+    read, delete = world.store.outbox.read, world.store.outbox.delete
+
+    async def counted_read(*arguments: object) -> object:
+        page = await read(*arguments)
+        if page.rows:
+            calls.append("read")
+        return page
+
+    async def counted_delete(*arguments: object) -> int:
+        calls.append("delete")
+        return await delete(*arguments)
+
+    world.store.outbox.read, world.store.outbox.delete = counted_read, counted_delete
+    await emit(world, *(Placed(order="hot", n=n) for n in range(1000)), Placed(order="cold", n=1))
+
+    async with relay(world, relay_batch=500):
+        await until(lambda: not world.store.outbox.rows())
+
+    assert numbers(world, "hot") == list(range(1000))
+    assert numbers(world, "cold") == [1]
+    assert calls == ["read", "delete"] * 3
+
+
+async def test_a_stop_ends_a_page_after_the_round_under_way(world: World) -> None:
+    await listen(world)
+    await emit(world, *(Placed(order="hot", n=n) for n in range(100)))
+    publish = world.broker.publish
+
+    async with relay(world) as made:
+
+        async def stopping(batch: Sequence[Outgoing]) -> Sequence[Receipt]:
+            if len(heard(world)) == 10:
+                made.stop()
+            return await publish(batch)
+
+        world.broker.publish = stopping
+        await until(lambda: len(world.store.outbox.rows()) < 100)
+        await anyio.sleep(60)
+
+    assert numbers(world, "hot") == list(range(11))
+    assert [row.body[-3:-1] for row in world.store.outbox.rows()][:2] == [b"11", b"12"]
+
+
 async def test_order_is_kept_while_the_broker_refuses_and_loses_at_random(world: World) -> None:
     await listen(world)
     chance = random.Random(7)
