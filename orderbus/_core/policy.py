@@ -27,6 +27,7 @@ class RetryLater(Exception):
 
     It counts as an attempt, and is parked as soon as the policy's attempts are used up unless `counted=False`.
     A delay of 1 s or more is rounded up to a step of the retry ladder (1, 2, 5, 10, 20, 30 s, 1, 2, 5, 10, 30 min, 1 h).
+    In an ordered handler, whose key waits inside the process, it is at most 15 min.
     """
 
     def __init__(self, delay_s: float, *, counted: bool = True) -> None:

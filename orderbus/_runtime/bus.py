@@ -208,7 +208,7 @@ class Bus:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Drain, then close everything. What the stop did is in `receipt`."""
+        """Drain, also where the body raised or was cancelled, then close everything. What the stop did is in `receipt`."""
         assert self._stack is not None
         assert self._engine is not None
         stack, engine, self._stack = self._stack, self._engine, None
