@@ -29,8 +29,7 @@ class Subscription:
     It starts at prefetch 1 and consumes at its full prefetch once it has met a delivery that was never delivered before: a
     quorum queue redelivers first, so a message that kills its process is alone when it does. While it meets only
     redeliveries, the window doubles each time that all of it has been settled. What is settled before the killer is met is
-    gone at the next start, so its neighbours meet it a few times at most, far below the delivery limit of 50; one at a time,
-    400 redeliveries took a restarted service 20 s.
+    gone at the next start, so its neighbours meet it a few times at most, far below the delivery limit of 50 (docs/adr/14).
 
     Prefetch belongs to a consumer, so growing means consuming anew: on the same channel, or, where order counts, on a new
     one, and only once (see `_grow`).
