@@ -1,57 +1,20 @@
 """The relay: what is committed is published, confirmed and deleted, in the order of each key, whoever dies meanwhile."""
 
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import anyio
 import pytest
 
-from orderbus import Bus, Event, Settings, Tx, UnavailableError
+from orderbus import Bus, UnavailableError
 from orderbus._core.message import Outgoing, Receipt
-from orderbus._core.topology import QueueNeed, topology_for
-from orderbus._runtime.relay import Relay
-from orderbus._runtime.stats import Stats
-from orderbus._runtime.tx import Encoding
+from orderbus._core.topology import topology_for
 from tests.runtime.faults import StoreFaults
+from tests.runtime.relaying import QUEUE, emit, heard, listen, numbers, relay
 from tests.runtime.world import Log, Noted, Paid, Placed, World, receipt_of, until
 
 pytestmark = pytest.mark.anyio
-
-QUEUE = "audit.all"
-
-
-async def listen(world: World, *topics: str) -> None:
-    """A queue that gets all events of these topics, and keeps them."""
-    await world.broker.apply(topology_for([QueueNeed(QUEUE, topics or ("orders.placed", "orders.cancelled", "orders.paid"))]))
-
-
-def heard(world: World) -> list[tuple[str | None, bytes]]:
-    return [(message.properties.headers.get("ob-key"), message.body) for message in world.broker.messages(QUEUE)]
-
-
-def numbers(world: World, key: str) -> list[int]:
-    return [int(body.split(b'"n":')[1].rstrip(b"}")) for k, body in heard(world) if k == key]
-
-
-async def emit(world: World, *events: Event) -> None:
-    """Commit events in one transaction, without any bus."""
-    encoding = Encoding(form="json", limit_bytes=1 << 20, clock=world.now, rng=random.Random(1))
-    tx = Tx(await world.store.begin(), encoding)
-    for event in events:
-        tx.emit(event)
-    await tx._commit()
-
-
-@asynccontextmanager
-async def relay(world: World, owner: str = "one", **settings: object) -> AsyncIterator[Relay]:
-    """A relay that dies at the end of the block, without giving back what it holds."""
-    made = Relay(world.store.outbox, world.broker, Settings(**settings), Stats(), owner, random.Random(1))
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(made.run)
-        yield made
-        tasks.cancel_scope.cancel()
 
 
 def count_publishes(world: World) -> list[list[Outgoing]]:
