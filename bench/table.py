@@ -1,0 +1,48 @@
+"""Markdown tables, made from the results only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from bench.results import Result, ratio
+
+HEAD = (
+    "| {unit}s | per second | min..max | orderbus is | client CPU | server CPU | p50 | p99 | peak memory | lost, doubled, left |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A table for each workload and variant, the first peer (orderbus) first."""
+    parts = []
+    for (workload, variant), group in groupby(results, key=lambda one: (one.workload, one.variant)):
+        rows = list(group)
+        ours = rows[0]
+        lines = [f"**{workload}, {variant}** ({ours.rounds} rounds, {ours.machine})", "", HEAD.format(unit=ours.unit)]
+        lines += [_row(one, ours) for one in rows]
+        lines += [line for one in rows if (line := _more(one))]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _row(one: Result, ours: Result) -> str:
+    versions = " ".join(f"{name} {version}" for name, version in one.versions.items() if name not in ("msgspec", "psycopg"))
+    cells = [
+        f"{one.peer} ({versions})" if one is not ours else f"**{one.peer}**",
+        f"{one.messages_per_s:,.0f}",
+        f"{one.messages_per_s_min:,.0f}..{one.messages_per_s_max:,.0f}",
+        "" if one is ours else f"{ratio(ours, one):.2f}×",
+        f"{one.client_cpu_us:,.1f} µs",
+        f"{one.server_cpu_us:,.1f} µs",
+        "" if one.p50_ms is None else f"{one.p50_ms:,.1f} ms",
+        "" if one.p99_ms is None else f"{one.p99_ms:,.1f} ms",
+        f"{one.peak_rss_mib:,.0f} MiB",
+        f"{one.lost}, {one.doubled}, {one.left}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _more(one: Result) -> str:
+    told = ", ".join(f"{name} {value:g}" for name, value in one.more.items())
+    return f"\n{one.peer}: {told}" if told else ""

@@ -1,0 +1,50 @@
+"""What is measured. A workload names its peers and variants, prepares the ground for each job, and counts at the end what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from bench.child import Report
+from bench.ground import Ground
+from bench.job import Job
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One way in which a workload is run; `count` messages a round, of `body_bytes` each."""
+
+    name: str
+    count: int
+    body_bytes: int = 250
+    options: dict[str, Any] = {}
+
+
+class Count(msgspec.Struct, frozen=True):
+    """What the servers say at the end: `left` are messages that were not acknowledged."""
+
+    lost: int = 0
+    doubled: int = 0
+    left: int = 0
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """`shares` lets a slow peer do that part of the messages, so that its rounds take seconds too."""
+
+    name: str
+    what: str
+    peers: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    servers: frozenset[str] = frozenset({"RabbitMQ"})
+    unit: str = "message"
+    shares: dict[str, float] = {}
+    prepare: Callable[[Ground, Job], None] = lambda ground, job: None
+    verify: Callable[[Ground, Job, Report], Count] = lambda ground, job, report: Count(report.lost, report.doubled)
+
+
+def workloads() -> dict[str, Workload]:
+    """All of them, in the order of the tables."""
+    from bench.workloads import consume, publish
+
+    return {one.name: one for one in (publish.WORKLOAD, consume.WORKLOAD)}
