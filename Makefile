@@ -36,6 +36,13 @@ demo-servers: setup ## A process per service on RabbitMQ, PostgreSQL, Redis: RAT
 test: setup ## All tests, on real servers found or started
 	$(BIN)/python -m pytest $(ARGS)
 
+$(VENV)/.bench-ready: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --group bench
+	@touch $@
+
+.PHONY: bench-setup
+bench-setup: $(VENV)/.bench-ready ## Install the peers that the bench compares with
+
 .PHONY: check
 check: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -62,7 +62,9 @@ def run(
 
 @app.command()
 def table(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[WORKLOAD...]", help="Which; all that were measured, unless named")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORKLOAD...]", help="Which; all that were measured, unless named")
+    ] = None,
     json: JsonFile = RESULTS,
 ) -> None:
     """Print the results as Markdown tables."""
@@ -71,7 +73,9 @@ def table(
 
 @app.command()
 def plot(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[WORKLOAD...]", help="Which; all that were measured, unless named")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORKLOAD...]", help="Which; all that were measured, unless named")
+    ] = None,
     json: JsonFile = RESULTS,
     output: Annotated[Path, typer.Option(help="The SVG to write")] = Path("build/bench.svg"),
 ) -> None:
@@ -102,7 +106,9 @@ def _measure(workload: Workload, peers: list[str], rounds: int, scale: float, js
             write(json, [one])
             if one.lost or one.doubled or one.left:
                 clean = False
-                console.print(f"[red]{one.workload}, {one.variant}, {one.peer}: lost {one.lost}, doubled {one.doubled}, left {one.left}")
+                console.print(
+                    f"[red]{one.workload}, {one.variant}, {one.peer}: lost {one.lost}, doubled {one.doubled}, left {one.left}"
+                )
     print(tables.markdown(found))
     return clean and not complaints
 

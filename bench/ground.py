@@ -39,12 +39,12 @@ class Ground(msgspec.Struct, frozen=True):
 
     def execute(self, statement: str) -> None:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[arg-type]
+            connection.execute(statement)
 
     def number(self, query: str) -> int:
         """The one number that a query answers."""
         with psycopg.connect(self.database_url, autocommit=True) as connection:
-            row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+            row = connection.execute(query).fetchone()
             return int(row[0]) if row else 0
 
 
@@ -82,12 +82,12 @@ def _vhost(url: str) -> Iterator[str]:
 def _database(url: str) -> Iterator[str]:
     name = f"orderbus_bench_{os.getpid()}"
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"create database {name}")  # type: ignore[arg-type]
+        connection.execute(f"create database {name}")
     try:
         yield urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
     finally:
         with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute(f"drop database {name} with (force)")  # type: ignore[arg-type]
+            connection.execute(f"drop database {name} with (force)")
 
 
 def _rabbitmqctl(*arguments: str) -> None:

@@ -50,7 +50,9 @@ def samples(job: Job) -> Iterator[Sample]:
     keys = int(job.options.get("keys", 0))
     for number in range(job.count):
         order_id = UUID(int=(number % keys) + 1) if keys else UUID(int=rng.getrandbits(128), version=4)
-        yield Sample(number, order_id, UUID(int=rng.getrandbits(128), version=4), number % 100_000, "x" * note_length(job.body_bytes))
+        yield Sample(
+            number, order_id, UUID(int=rng.getrandbits(128), version=4), number % 100_000, "x" * note_length(job.body_bytes)
+        )
 
 
 def note_length(body_bytes: int) -> int:

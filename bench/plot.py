@@ -23,7 +23,9 @@ def svg(results: Sequence[Result]) -> str:
     for (workload, variant), group in groupby(results, key=lambda one: (one.workload, one.variant)):
         rows = list(group)
         longest = max(one.messages_per_s_max for one in rows)
-        shapes.append(f'<text class="head" x="10" y="{y + 16}">{escape(f"{workload}, {variant}: {rows[0].unit}s a second")}</text>')
+        shapes.append(
+            f'<text class="head" x="10" y="{y + 16}">{escape(f"{workload}, {variant}: {rows[0].unit}s a second")}</text>'
+        )
         y += HEAD
         for one in rows:
             shapes += _bar(one, y, (WIDTH - LABEL - 110) / longest, is_ours=one is rows[0])

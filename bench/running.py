@@ -100,7 +100,12 @@ class _Child:
         self._words = words
         arguments = [sys.executable, "-m", f"bench.peers.{PEERS[job.peer].module}", msgspec.json.encode(job).decode()]
         self._process = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         self.pid = self._process.pid
 

@@ -19,7 +19,7 @@ import msgspec
 from pamqp import commands, frame
 from pamqp.header import ContentHeader
 
-from bench.job import Job, Sample, samples
+from bench.job import Job, samples
 
 READ_BYTES = 1 << 18
 BATCH = 500
@@ -63,7 +63,9 @@ class Wire:
 
     def declare(self, queue: str, arguments: Mapping[str, Any] | None = None) -> None:
         """A durable quorum queue, unless the arguments say otherwise."""
-        self._send(1, commands.Queue.Declare(queue=queue, durable=True, arguments={"x-queue-type": "quorum", **(arguments or {})}))
+        self._send(
+            1, commands.Queue.Declare(queue=queue, durable=True, arguments={"x-queue-type": "quorum", **(arguments or {})})
+        )
         self._expect(1, "Queue.DeclareOk")
 
     def bind(self, queue: str, exchange: str, routing_key: str, kind: str = "topic") -> None:
@@ -142,7 +144,7 @@ class Wire:
             for number, kind, payload in self._frames(one=True):
                 if kind == HEARTBEAT:
                     continue
-                found = frame.unmarshal(_framed(number, payload, kind))[2]
+                found: Any = frame.unmarshal(_framed(number, payload, kind))[2]
                 if found.name == name and number == channel:
                     return found
                 if found.name in ("Channel.Close", "Connection.Close"):

@@ -1,13 +1,12 @@
 """orderbus, through its public names only."""
 
-import time
 from typing import Any
 from uuid import UUID
 
 import anyio
 
-from bench.child import Gate, Report, Tally, main, percentiles
-from bench.job import GROUP, Job, samples
+from bench.child import Gate, Tally, main
+from bench.job import GROUP, Job
 from bench.wire import fill
 from orderbus import Bus, Event, Settings
 

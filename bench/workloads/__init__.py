@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,10 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     verify: Callable[[Ground, Job, Report], Count] = lambda ground, job, report: Count(report.lost, report.doubled)
 
 
-def workloads() -> dict[str, Workload]:
-    """All of them, in the order of the tables."""
-    from bench.workloads import consume, publish
+NAMES = ("publish", "consume")
+"""In the order of the tables; each is a module of this package."""
 
-    return {one.name: one for one in (publish.WORKLOAD, consume.WORKLOAD)}
+
+def workloads() -> dict[str, Workload]:
+    """All of them, by name."""
+    return {name: importlib.import_module(f"bench.workloads.{name}").WORKLOAD for name in NAMES}
