@@ -94,7 +94,7 @@ def _measure(workload: Workload, peers: list[str], rounds: int, scale: float, js
         def tell(text: str) -> None:
             if text.startswith("!"):
                 complaints.append(text)
-                console.print(f"[red]{text}")
+                console.print(text, style="red", markup=False)
             elif console.is_terminal:
                 status.update(text)
             else:
@@ -107,7 +107,9 @@ def _measure(workload: Workload, peers: list[str], rounds: int, scale: float, js
             if one.lost or one.doubled or one.left:
                 clean = False
                 console.print(
-                    f"[red]{one.workload}, {one.variant}, {one.peer}: lost {one.lost}, doubled {one.doubled}, left {one.left}"
+                    f"{one.workload}, {one.variant}, {one.peer}: lost {one.lost}, doubled {one.doubled}, left {one.left}",
+                    style="red",
+                    markup=False,
                 )
     print(tables.markdown(found))
     return clean and not complaints

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from bench.results import Result
+from bench.results import OURS, Result
 
 WIDTH, LABEL, BAR, GAP, HEAD = 860, 190, 16, 6, 34
 STYLE = """\
@@ -28,7 +28,7 @@ def svg(results: Sequence[Result]) -> str:
         )
         y += HEAD
         for one in rows:
-            shapes += _bar(one, y, (WIDTH - LABEL - 110) / longest, is_ours=one is rows[0])
+            shapes += _bar(one, y, (WIDTH - LABEL - 110) / longest, is_ours=one.peer == OURS)
             y += BAR + GAP
         y += 14
     return (

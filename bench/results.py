@@ -11,6 +11,9 @@ from pathlib import Path
 import msgspec
 import psutil
 
+OURS = "orderbus"
+"""The peer that the others are compared with."""
+
 
 class Round(msgspec.Struct, frozen=True):
     """One process, measured."""

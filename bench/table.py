@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from bench.results import Result, ratio
+from bench.results import OURS, Result, ratio
 
 HEAD = (
     "| {unit}s | per second | min..max | orderbus is | client CPU | server CPU | p50 | p99 | peak memory | lost, doubled, left |\n"
@@ -14,25 +14,26 @@ HEAD = (
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table for each workload and variant, the first peer (orderbus) first."""
+    """A table for each workload and variant. The ratios are to orderbus's row, and left out where there is none."""
     parts = []
     for (workload, variant), group in groupby(results, key=lambda one: (one.workload, one.variant)):
         rows = list(group)
-        ours = rows[0]
-        lines = [f"**{workload}, {variant}** ({ours.rounds} rounds, {ours.machine})", "", HEAD.format(unit=ours.unit)]
+        ours = next((one for one in rows if one.peer == OURS), None)
+        first = rows[0]
+        lines = [f"**{workload}, {variant}** ({first.rounds} rounds, {first.machine})", "", HEAD.format(unit=first.unit)]
         lines += [_row(one, ours) for one in rows]
         lines += [line for one in rows if (line := _more(one))]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _row(one: Result, ours: Result) -> str:
+def _row(one: Result, ours: Result | None) -> str:
     versions = " ".join(f"{name} {version}" for name, version in one.versions.items() if name not in ("msgspec", "psycopg"))
     cells = [
         f"{one.peer} ({versions})" if one is not ours else f"**{one.peer}**",
         f"{one.messages_per_s:,.0f}",
         f"{one.messages_per_s_min:,.0f}..{one.messages_per_s_max:,.0f}",
-        "" if one is ours else f"{ratio(ours, one):.2f}×",
+        "" if ours is None or one is ours else f"{ratio(ours, one):.2f}×",
         f"{one.client_cpu_us:,.1f} µs",
         f"{one.server_cpu_us:,.1f} µs",
         "" if one.p50_ms is None else f"{one.p50_ms:,.1f} ms",

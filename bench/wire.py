@@ -40,6 +40,7 @@ class Wire:
         self._bytes = bytearray()
         self._parts: list[bytes] = []
         self._missing = 0
+        self._tag = 0
         self._socket.sendall(b"AMQP\x00\x00\x09\x01")
         self._expect(0, "Connection.Start")
         login = f"\0{unquote(parts.username or 'guest')}\0{unquote(parts.password or 'guest')}"
@@ -114,13 +115,13 @@ class Wire:
         self._expect(1, "Basic.ConsumeOk")
 
     def deliveries(self) -> tuple[int, list[bytes]]:
-        """What has arrived, at least one: the last delivery's tag, and the bodies."""
+        """What has arrived whole, at least one: the last one's tag, and the bodies."""
         bodies: list[bytes] = []
         last = 0
         while not bodies:
             for _, kind, payload in self._frames():
                 if kind == METHOD:
-                    last = _TAG.unpack_from(payload, 5 + payload[4])[0]
+                    self._tag = _TAG.unpack_from(payload, 5 + payload[4])[0]
                 elif kind == HEADER:
                     self._missing = int.from_bytes(payload[4:12], "big")
                 elif kind == BODY:
@@ -129,6 +130,7 @@ class Wire:
                     if not self._missing:
                         bodies.append(b"".join(self._parts))
                         self._parts.clear()
+                        last = self._tag
         return last, bodies
 
     def ack(self, tag: int) -> None:
@@ -151,9 +153,9 @@ class Wire:
                     raise RuntimeError(f"the broker closed instead of {name}: {found.reply_text}")
 
     def _frames(self, *, one: bool = False) -> Iterator[tuple[int, int, bytes]]:
-        """The whole frames that have arrived, after one read at least."""
+        """The whole frames that have arrived (`one`: the first of them), after a read where there is none."""
         data = self._bytes
-        if not (one and _whole(data)):
+        if not _whole(data):
             received = self._socket.recv(READ_BYTES)
             if not received:
                 raise ConnectionError("the broker closed the connection")

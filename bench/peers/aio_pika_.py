@@ -1,0 +1,80 @@
+"""aio-pika, as its documentation writes it: a robust connection, `process()` around each message, many publishes at a time."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import aio_pika
+import msgspec
+
+from bench.child import Gate, Report, Tally, main, percentiles
+from bench.job import Job, Sample, samples
+from bench.wire import event_id, fill
+
+IN_FLIGHT = 1000
+
+
+async def publish(job: Job, gate: Gate) -> None:
+    """A thousand coroutines take the events in turn; each waits for its confirm, which a channel has unless told otherwise."""
+    encode = msgspec.json.Encoder().encode
+    waiting = iter(list(samples(job)))
+    latencies: list[float] = []
+    connection = await aio_pika.connect_robust(job.broker_url)
+    channel = await connection.channel(on_return_raises=True)
+    exchange = await channel.get_exchange("ob.events")
+
+    async def publish_each(waiting: Iterator[Sample]) -> None:
+        for sample in waiting:
+            message = aio_pika.Message(
+                encode(sample),
+                content_type="application/json",
+                headers={"ob-key": str(sample.order_id)},
+                delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+                message_id=event_id(sample.number),
+                type=job.topic,
+            )
+            began = time.perf_counter()
+            await exchange.publish(message, f"{job.topic}.00", mandatory=True)
+            latencies.append(time.perf_counter() - began)
+
+    began = gate.go()
+    await asyncio.gather(*(publish_each(waiting) for _ in range(IN_FLIGHT)))
+    seconds = time.perf_counter() - began
+    await connection.close()
+    p50, p99 = percentiles(latencies)
+    gate.done(Report(seconds, job.count, p50_ms=p50, p99_ms=p99))
+
+
+async def consume(job: Job, gate: Gate) -> None:
+    """A callback, started as a task for each delivery, as many at a time as the prefetch lets through."""
+    decode = msgspec.json.Decoder(Sample).decode
+    connection = await aio_pika.connect_robust(job.broker_url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.declare_queue(job.queue, durable=True, arguments={"x-queue-type": "quorum"})
+    fill(job)
+    all_seen = asyncio.Event()
+    tally = Tally(job.count, all_seen.set)
+
+    async def handle(sample: Sample) -> None:
+        tally.saw(sample.number)
+
+    async def on_message(message: aio_pika.abc.AbstractIncomingMessage) -> None:
+        async with message.process(requeue=True):
+            await handle(decode(message.body))
+
+    gate.go()
+    connection = await aio_pika.connect_robust(job.broker_url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=job.prefetch)
+        queue = await channel.get_queue(job.queue)
+        tag = await queue.consume(on_message)
+        await all_seen.wait()
+        await queue.cancel(tag)
+        await channel.close()
+    gate.done(tally.report(gate))
+
+
+if __name__ == "__main__":
+    main({"publish": publish, "consume": consume})
