@@ -73,6 +73,8 @@ class Batch(Generic[E_co]):
 class State(enum.Enum):
     """Where a delivery is. The last three are final: the broker has been told."""
 
+    __hash__ = object.__hash__  # the enum's own is Python code, and every step looks into the table
+
     QUEUED = "queued"
     RUNNING = "running"
     WAITING = "waiting"
@@ -84,6 +86,8 @@ class State(enum.Enum):
 
 class Step(enum.Enum):
     """What happens to a delivery."""
+
+    __hash__ = object.__hash__
 
     START = "start"
     WAIT = "wait"

@@ -6,7 +6,10 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 from uuid import UUID
+
+import msgspec
 
 from orderbus._core.codec import BodyDecoder, body_hash
 from orderbus._core.delivery import State, Step, step
@@ -34,38 +37,31 @@ class Route:
         self.decoder = BodyDecoder(handler.event, limit_bytes=limit_bytes)
 
 
-class Work:
-    """A delivery on its way through a consumer."""
+class Work(msgspec.Struct, eq=False):
+    """A delivery on its way through a consumer. A Struct, made in a fraction of the time that a class with `__init__` takes."""
 
-    __slots__ = (
-        "attempt", "claim", "crowded", "error", "event", "failures", "first_failed_at", "hash", "id", "incoming", "key", "not_before", "route",
-        "solo", "state", "yields",
-    )  # fmt: skip
-
-    event: Event
-    route: Route
-    id: UUID
-
-    def __init__(self, incoming: Incoming) -> None:
-        self.incoming = incoming
-        self.state = State.QUEUED
-        self.key: str | None = None
-        self.attempt = 1
-        self.failures = 0
-        """How often a server was missing in a row: uncounted."""
-        self.claim: str | None = None
-        """The token under which its handler has run, while that could not be written down yet."""
-        self.error: Exception | None = None
-        """What its last try failed with."""
-        self.first_failed_at: float | None = None
-        self.not_before: float | None = None
-        self.hash = 0
-        self.solo = False
-        """Run it alone: it shared a transaction that failed."""
-        self.crowded = False
-        """It has held back so many followers that the other keys would wait too."""
-        self.yields = False
-        """It has been failing for so long that it may be parked for the sake of other keys."""
+    incoming: Incoming
+    state: State = State.QUEUED
+    route: Route = cast(Any, None)
+    """The handler; None before it was read."""
+    id: UUID = cast(Any, None)
+    event: Event = cast(Any, None)
+    key: str | None = None
+    attempt: int = 1
+    failures: int = 0
+    """How often a server was missing in a row: uncounted."""
+    claim: str | None = None
+    """The token under which its handler has run, while that could not be written down yet."""
+    error: Exception | None = None
+    """What its last try failed with."""
+    first_failed_at: float | None = None
+    not_before: float | None = None
+    solo: bool = False
+    """Run it alone: it shared a transaction that failed."""
+    crowded: bool = False
+    """It has held back so many followers that the other keys would wait too."""
+    yields: bool = False
+    """It has been failing for so long that it may be parked for the sake of other keys."""
 
     def read(self, routes: dict[str, Route], *, now_s: float, window_s: float) -> None:
         """Find the route, the id, the key and the event. Raises MessageError for what its handler can't read."""
@@ -92,12 +88,18 @@ class Work:
         if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 <= attempt < 1_000_000:
             raise MessageError("malformed-attempt", f"header {ATTEMPT} is {str(attempt)[:40]!r}, not a count")
         self.attempt = attempt + 1
-        self.first_failed_at = _time(headers.get(FIRST_FAILED_AT))
-        not_before = _time(headers.get(NOT_BEFORE))
-        is_ahead = not_before is not None and now_s + 0.5 < not_before < now_s + LONGEST_DELAY_S + 86_400
-        self.not_before = not_before if is_ahead else None
+        if FIRST_FAILED_AT in headers:
+            self.first_failed_at = _time(headers[FIRST_FAILED_AT])
+        if NOT_BEFORE in headers:
+            not_before = _time(headers[NOT_BEFORE])
+            is_ahead = not_before is not None and now_s + 0.5 < not_before < now_s + LONGEST_DELAY_S + 86_400
+            self.not_before = not_before if is_ahead else None
         self.event = route.decoder.decode(self.incoming.body, properties.content_type)
-        self.hash = body_hash(self.incoming.body)
+
+    @property
+    def hash(self) -> int:
+        """The fingerprint by which another body under the same id is known."""
+        return body_hash(self.incoming.body)
 
     def take(self, taken: Step) -> None:
         self.state = step(self.state, taken)
@@ -120,8 +122,8 @@ def _event_id(text: str | None) -> UUID:
     if text is None:
         raise MessageError("no-event-id", "the message has no message_id; it must be the event's UUID")
     try:
-        return UUID(text)
-    except ValueError:
+        return msgspec.convert(text, UUID)  # a fifth of what UUID(text) costs
+    except msgspec.ValidationError:
         raise MessageError("no-event-id", f"message_id {text[:60]!r} is not a UUID") from None
 
 

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import anyio
+import sniffio
 
 from orderbus.errors import UsageError
 
 
 @contextmanager
 def no_stray_cancellation(place: str) -> Iterator[None]:
-    """Raises UsageError for a cancellation that nobody around us asked for.
+    """Raises UsageError for a cancellation that nobody around us asked for."""
+    try:
+        yield
+    except anyio.get_cancelled_exc_class() as error:
+        check_cancelled(place, error)
+        raise
+
+
+def check_cancelled(place: str, error: BaseException) -> None:
+    """Raises UsageError where nobody around us asked for this cancellation.
 
     Under asyncio, awaiting a future or task that somebody cancelled raises CancelledError; let through, it would end the task
     that called, in silence, as if it had been cancelled itself.
     """
-    try:
-        yield
-    except anyio.get_cancelled_exc_class() as error:
-        if anyio.current_effective_deadline() == -math.inf:
-            raise
+    if anyio.current_effective_deadline() != -math.inf:
         raise UsageError(
             f"{place}: awaited a task or future that was cancelled; catch CancelledError where that is expected"
         ) from error
+
+
+def running_clock() -> Callable[[], float]:
+    """`anyio.current_time` of the loop that runs now, which looks up at each call which one that is (1.4 µs)."""
+    if sniffio.current_async_library() == "trio":
+        import trio
+
+        return trio.current_time
+    return asyncio.get_running_loop().time

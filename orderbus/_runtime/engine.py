@@ -290,11 +290,10 @@ class Engine:
             raise
         self._emitted(len(tx._emitted))
 
-    async def publish_row(self, row: OutboxRow) -> Receipt:
-        receipts = await self.broker.publish([outgoing_of(row)])
-        if receipts[0] is Receipt.CONFIRMED:
-            self.stats.published += 1
-        return receipts[0]
+    async def publish_rows(self, rows: Sequence[OutboxRow]) -> Sequence[Receipt]:
+        receipts = await self.broker.publish([outgoing_of(row) for row in rows]) if rows else ()
+        self.stats.published += sum(receipt is Receipt.CONFIRMED for receipt in receipts)
+        return receipts
 
     def commits(self) -> GroupCommit:
         if self.draining:

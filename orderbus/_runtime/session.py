@@ -305,7 +305,7 @@ class Session:
             self._c.owes = True
 
     def _park(self, work: Work, reason: str, error: Exception | None) -> tuple[Work, Outgoing]:
-        read = work if hasattr(work, "route") else None
+        read = work if work.route is not None else None
         log.error("queue %s: message %s parked: %s: %s", self._c.queue, _name(work.incoming), reason, _brief(error))
         self._stats.parked += 1
         return work, parked_message(work.incoming, reason, error, work=read, now_s=self._env.clock())

@@ -20,7 +20,7 @@ from orderbus import (
 )
 from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.topology import QueueNeed, topology_for
-from tests.runtime.world import Log, Noted, Placed, World
+from tests.runtime.world import Log, Noted, Paid, Placed, World
 
 pytestmark = pytest.mark.anyio
 
@@ -182,3 +182,31 @@ async def test_buses_run_until_a_signal_and_are_drained_together(anyio_backend: 
 
     assert [receipt.clean for receipt in receipts] == [True, True]
     assert log.lines.count("ended") == log.lines.count("begun") >= 1
+
+
+async def test_many_events_published_at_once_arrive_in_order(world: World) -> None:
+    bus, log = world.bus(), Log()
+
+    @bus.on(Placed, guard="none", concurrency=1)
+    async def handle(event: Placed) -> None:
+        log(event.n)
+
+    async with bus:
+        ids = await bus.publish_many([Placed(order="a", n=n) for n in range(50)])
+        await log.reached(50)
+        assert await bus.publish_many([]) == []
+        assert bus.stats.published == 50
+
+    assert log.lines == list(range(50))
+    assert len(set(ids)) == 50
+
+
+async def test_many_events_of_which_one_reaches_nobody_say_so(world: World) -> None:
+    bus = world.bus()
+
+    @bus.on(Placed)
+    async def handle(event: Placed) -> None: ...
+
+    async with bus:
+        with pytest.raises(UnavailableError, match=r"2 of 4 events were not confirmed; the first: no queue is bound to 'orders.paid'"):
+            await bus.publish_many([Placed(order="a"), Paid(order="a"), Paid(order="b"), Noted()])
