@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import socket
 import sys
@@ -19,13 +18,13 @@ from rich.console import Console
 
 from services.demo.figures import save, show
 from services.demo.page import write_page
-from services.demo.processes import Child, ChildFailed, wait_until_ready
+from services.demo.processes import ChildFailed, wait_until_ready
 from services.demo.run import Plan, Run
 from services.demo.servers import Servers, embedded, make_scarce, real
+from services.demo.shop import SERVICES, children, surroundings
 from services.shared import database
 
 BUILD = Path("build")
-SERVICES = ("outbox_dispatcher", "payment", "inventory", "aggregator", "notification", "orders_api")
 
 
 def main() -> None:
@@ -42,13 +41,7 @@ def main() -> None:
         asyncio.run(database.prepare(found.database_url))
         make_scarce(found.database_url)
         port = options.port or _free_port()
-        environment = found.environment() | {
-            "ORDERS_API_PORT": str(port),
-            "ORDERS_API_HOST": "127.0.0.1",
-            "PAYMENT_FLAKY": os.environ.get("PAYMENT_FLAKY", "0.005"),
-            "NOTIFY_URL": os.environ.get("NOTIFY_URL", "null:"),
-        }
-        children = _children(options.servers, environment, folder)
+        processes = children(options.servers, found.environment() | surroundings(port), folder)
         plan = Plan(
             mode=found.mode,
             rate=options.rate,
@@ -59,11 +52,11 @@ def main() -> None:
             database_url=found.database_url,
             folder=folder,
         )
-        run = Run(plan, children, found, console)
+        run = Run(plan, processes, found, console)
         try:
-            for child in children:
+            for child in processes:
                 child.start()
-            wait_until_ready(f"{plan.url}/ready", children)
+            wait_until_ready(f"{plan.url}/ready", processes)
             run.load()
             run.settle()
             timeline = run.example()
@@ -71,11 +64,11 @@ def main() -> None:
             console.print(f"[bold red]the demo failed:[/] {error}", highlight=False)
             raise SystemExit(1) from None
         finally:
-            for child in reversed(children):
+            for child in reversed(processes):
                 child.stop()
         figures = run.figures()
         show(Console(), figures, plan.rate)
-        print(f"CPU by process, µs/order: {run.cpu_line()}")
+        print("CPU by process, µs/order:", ", ".join(f"{name} {us:.0f}" for name, us in run.cpu_us().items()))
         print(f"\nOne order's timeline:\n{timeline}")
         save(figures, BUILD / "demo.json")
         write_page(BUILD / "demo.html", figures, plan.rate, *run.curves(), timeline)
@@ -107,17 +100,6 @@ def _chosen(kill: str, seed: int, console: Console) -> str:
     chosen = random.Random(seed).choice(SERVICES)
     console.print(f"the service to be killed, by seed {seed}: [bold]{chosen}[/]")
     return chosen
-
-
-def _children(apart: bool, environment: dict[str, str], folder: Path) -> list[Child]:
-    if not apart:
-        return [Child("together", ["-m", "services.demo.together"], environment, folder)]
-    found = [
-        Child(name, ["-m", "orderbus", "run", f"services.{name}:bus"], environment, folder)
-        for name in SERVICES
-        if name != "orders_api"
-    ]
-    return [*found, Child("orders_api", ["-m", "services.orders_api"], environment, folder)]
 
 
 def _free_port() -> int:

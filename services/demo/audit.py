@@ -100,14 +100,14 @@ def audit(connection: psycopg.Connection[Any], accepted: Sequence[str]) -> Audit
     )
 
 
-def unsettled(connection: psycopg.Connection[Any]) -> int:
-    """Orders that are not finished, outbox rows not yet sent, and compensations still to come."""
-    pending, waiting, owed = _row(
-        connection,
-        f"""select (select count(*) from orders where status = 'pending'),
-            (select count(*) from orderbus.outbox) + (select count(*) from orderbus.stuck), ({_MONEY})""",
-    )
-    return int(pending + waiting + owed)
+def unsettled(connection: psycopg.Connection[Any], outboxes: Sequence[str]) -> int:
+    """Orders that are not finished, events in these tables that are not yet sent, and compensations still to come."""
+    counted = [
+        "select count(*) from orders where status = 'pending'",
+        *(f"select count(*) from {name}" for name in outboxes),
+        _MONEY,
+    ]
+    return sum(int(number) for number in _row(connection, "select " + ", ".join(f"({query})" for query in counted)))
 
 
 def end_to_end_ms(connection: psycopg.Connection[Any]) -> tuple[float, float]:

@@ -35,6 +35,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     database_url: str
     folder: Path
+    outboxes: tuple[str, ...] = ("orderbus.outbox", "orderbus.stuck")
+    """The tables in which events wait until they are sent."""
 
 
 class Load(msgspec.Struct):
@@ -137,7 +139,7 @@ class Run:
         """Wait until every order is finished and every compensation done, or the time is up; then count."""
         assert self._load is not None
         deadline = time.monotonic() + SETTLE_S
-        while (left := unsettled(self._connection)) and time.monotonic() < deadline:
+        while (left := unsettled(self._connection, self._plan.outboxes)) and time.monotonic() < deadline:
             for child in self._children:
                 child.check()
             self._console.print(f"waiting for {left} to settle …")
@@ -190,10 +192,10 @@ class Run:
             cpu_us_per_order=round(sum(self._cpu_s.values()) / max(counted.orders, 1) * 1e6, 1),
         )
 
-    def cpu_line(self) -> str:
-        """Where the CPU went, in microseconds an order."""
+    def cpu_us(self) -> dict[str, float]:
+        """Where the CPU went, in microseconds an order: by process, the busiest first."""
         orders = max(self._audit.orders, 1) if self._audit else 1
-        return ", ".join(f"{name} {seconds / orders * 1e6:.0f}" for name, seconds in self._cpu_s.items())
+        return {name: seconds / orders * 1e6 for name, seconds in self._cpu_s.items()}
 
     def curves(self) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
         """By second, for the page: throughput, API latency, end-to-end latency."""

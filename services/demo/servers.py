@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import msgspec
 import psycopg
@@ -45,7 +45,8 @@ class Servers(msgspec.Struct, frozen=True):
         """How many messages are in dead letter queues; None where only the receipts of the services tell."""
         if not self.broker_url.startswith("amqp"):
             return None
-        listing = _rabbitmqctl("-q", "list_queues", "-p", VHOST, "name", "messages")
+        vhost = unquote(urlsplit(self.broker_url).path[1:])
+        listing = _rabbitmqctl("-q", "list_queues", "-p", vhost, "name", "messages")
         rows = [line.split("\t") for line in listing.splitlines()]
         return sum(int(row[1]) for row in rows if len(row) == 2 and row[0].endswith(".dlq"))
 
