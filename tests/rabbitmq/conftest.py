@@ -12,10 +12,15 @@ from urllib.parse import unquote, urlsplit
 import anyio
 import anyio.to_thread
 import pytest
+from hypothesis import settings
 
 from orderbus._core.topology import Binding, Exchange, Queue, Topology
 from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
 from tests.servers import Missing, Rabbit, start_rabbit
+
+# A test that is slow because its neighbours are busy has not failed.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 class Place:

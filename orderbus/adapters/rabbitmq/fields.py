@@ -211,7 +211,7 @@ def _at_most_64_signed_bits(value: int) -> int:
 
 
 def _decimal(scale: int, mantissa: int) -> str:
-    return str(Decimal(mantissa).scaleb(-scale))
+    return str(Decimal(f"{mantissa}e-{scale}"))  # arithmetic would round to the context of whoever asks
 
 
 _NESTED_OR_LONG = frozenset(b"SxFA")
