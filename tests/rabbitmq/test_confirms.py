@@ -35,9 +35,9 @@ def test_each_publish_gets_its_own_answer(sizes: list[int], answers: list[tuple[
     for tag, multiple, accepted, is_returned in answers:
         if tag > total:
             continue
-        if is_returned and tag not in model:
-            confirms.returned(tag)
-            returned.add(tag)
+        if is_returned:
+            assert confirms.returned(tag) == (tag not in model)
+            returned |= {tag} - set(model)
         confirms.answer(tag, multiple=multiple, accepted=accepted)
         for number in range(1 if multiple else tag, tag + 1):
             plain = Receipt.CONFIRMED if accepted else Receipt.REFUSED
@@ -47,6 +47,15 @@ def test_each_publish_gets_its_own_answer(sizes: list[int], answers: list[tuple[
     assert confirms.open == total - len(model)
     assert {id(batch) for batch in done} == {id(batch) for batch in batches if None not in batch.receipts}
     assert len(done) == len({id(batch) for batch in done})
+
+
+def test_a_return_for_which_nothing_waits_is_not_kept() -> None:
+    confirms = Confirms()
+    send(confirms, 2, [])
+    confirms.answer(1, multiple=False, accepted=True)
+    assert [confirms.returned(number) for number in (0, 1, 2, 3, 2**63 - 1)] == [False, False, True, False, False]
+    confirms.lose()
+    assert confirms.returned(1)  # nobody is told anything any more
 
 
 def test_a_loss_ends_every_wait() -> None:

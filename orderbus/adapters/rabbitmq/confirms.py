@@ -41,6 +41,10 @@ class SentBatch:
         if start == self._resolved_below:
             self._resolved_below = max(start, stop)
 
+    def is_waiting_for(self, sequence: int) -> bool:
+        index = sequence - self.first
+        return 0 <= index < len(self.receipts) and self.receipts[index] is None
+
     @property
     def is_done(self) -> bool:
         return self.is_whole and self.open == 0
@@ -95,8 +99,15 @@ class Confirms:
         if is_any_done:
             self._forget_done()
 
-    def returned(self, sequence: int) -> None:
+    def returned(self, sequence: int) -> bool:
+        """Note a return, which comes before its answer. False where nothing with that number waits for one."""
+        if self.is_lost:
+            return True
+        last = bisect_right(self._firsts, sequence) - 1
+        if last < 0 or not self._batches[last].is_waiting_for(sequence):
+            return False
         self._returned.add(sequence)
+        return True
 
     def lose(self) -> None:
         """The channel is gone: no answer will come any more."""
