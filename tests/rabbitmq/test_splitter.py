@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from pamqp.heartbeat import Heartbeat
 
 from orderbus.adapters.rabbitmq.content import ConnectionSink, DeliverySink
 from orderbus.adapters.rabbitmq.fields import decode_properties
-from orderbus.adapters.rabbitmq.frames import HEARTBEAT_FRAME, FrameError, FrameSplitter
+from orderbus.adapters.rabbitmq.frames import BASIC_DELIVER, CHANNEL_CLOSE, HEARTBEAT_FRAME, FrameError, FrameSplitter
 from orderbus.adapters.rabbitmq.transport import SplitProtocol
 from orderbus.errors import MessageError
 
@@ -111,11 +112,44 @@ def test_a_damaged_byte_raises_nothing_but_frame_error(at: int, byte: int) -> No
         (commands.Basic.Deliver("c", 1, False, "", ""), commands.Basic.Deliver("c", 2, False, "", "")),
         (commands.Basic.Deliver("c", 1, False, "", ""), ContentHeader(0, 1), ContentBody(b"xx")),
         (commands.Basic.Deliver("c", 1, False, "", ""), ContentHeader(0, 1), ContentHeader(0, 1)),
+        (commands.Basic.Deliver("c", 1, False, "", ""), ContentHeader(0, 3), ContentBody(b"x"), ContentBody(b"xxx")),
     ],
 )
 def test_content_out_of_order_is_refused(frames: tuple[object, ...]) -> None:
     with pytest.raises(FrameError):
         Received().feed(marshal(CONTENT, *frames))
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (1, b""),
+        (1, b"\x00\x3c\x00"),
+        (1, struct.pack(">I2sQB", BASIC_DELIVER, b"\x01c", 1, 0) + b"\x01x\x09k"),  # a key that reaches into the next frame
+        (1, struct.pack(">I2sQB", BASIC_DELIVER, b"\x01c", 1, 0) + b"\x01x\x01key"),
+        (1, struct.pack(">IH", CHANNEL_CLOSE, 404) + b"\x09no"),
+    ],
+)
+def test_a_method_that_does_not_end_with_its_frame_is_refused_whatever_follows(kind: int, payload: bytes) -> None:
+    frame = struct.pack(">BHI", kind, CONTENT, len(payload)) + payload + b"\xce"
+    for following in (b"", QOS_OK, QOS_OK * 20):
+        with pytest.raises(FrameError):
+            Received().feed(frame + following)
+
+
+@pytest.mark.parametrize("length", range(14))
+def test_a_content_header_that_is_cut_short_is_refused_whatever_follows(length: int) -> None:
+    method = marshal(CONTENT, commands.Basic.Deliver("c", 1, False, "", ""))
+    header = struct.pack(">BHI", 2, CONTENT, length) + bytes(length) + b"\xce"
+    for following in (b"", QOS_OK * 20):
+        with pytest.raises(FrameError, match="cut short"):
+            Received().feed(method + header + following)
+
+
+def test_an_empty_piece_of_a_body_is_passed_over() -> None:
+    received = Received()
+    received.feed(delivery(1, b"", b"on", b"", b"e"), delivery(2, b"two"))
+    assert [(d.tag, d.body) for d in received.sink.arrived] == [(1, b"one"), (2, b"two")]
 
 
 def test_an_answer_that_is_no_amqp_is_refused() -> None:

@@ -32,12 +32,15 @@ from orderbus.errors import MessageError
 
 MAX_BODY = 128 * 1024 * 1024
 """The default of RabbitMQ's own limit before 4.0, so nothing that such a broker holds is out of reach."""
+PLACES_KEPT = 1024
 
 _method_at = Struct(">I").unpack_from
-_deliver_at = Struct(">QBB").unpack_from
+_deliver_at = Struct(">QB").unpack_from
 _confirm_at = Struct(">QB").unpack_from
 _size_at = Struct(">4xQ").unpack_from
-_code_at = Struct(">HB").unpack_from
+_code_at = Struct(">H").unpack_from
+_CONFIRM_BYTES = 13  # class, method, tag, bits
+_LEAST_HEADER_BYTES = 14  # class, weight, body size, property flags
 
 
 class Delivery(Incoming):
@@ -88,11 +91,13 @@ class ChannelSink(ABC):
     @abstractmethod
     def frame(self, kind: int, data: bytes, start: int, end: int) -> bool: ...
 
-    def _other_method(self, method: int, data: bytes, start: int) -> bool:
+    def _other_method(self, method: int, data: bytes, start: int, end: int) -> bool:
+        if end - start < 4:
+            raise FrameError("a method frame is cut short")
         if method == CHANNEL_CLOSE:
+            reason = _reason(data, start, end)
             self.is_closed = True
-            code, length = _code_at(data, start + 4)
-            self.fail(f"the broker closed the channel: {_text(data, start + 7, length)} ({code})")
+            self.fail(f"the broker closed the channel: {reason}")
         elif method == CHANNEL_CLOSE_OK:
             self.is_closed = True
             self.fail("the channel is closed")
@@ -121,9 +126,10 @@ class DeliverySink(ChannelSink):
         self._max_body = max_body
         self._pending: Delivery | None = None
         self._size = -1  # -1: no header yet
-        self._pieces: list[bytes] = []
+        self._body = bytearray()  # not a list of pieces: a broker may cut a body into millions of them
         self._have = 0
         self._is_skipping = False
+        self._places: dict[bytes, tuple[str, str]] = {}
 
     def on_failure(self) -> None:
         self._notify()
@@ -135,17 +141,17 @@ class DeliverySink(ChannelSink):
                 if method == BASIC_CANCEL:
                     self.cancelled = "the broker cancelled the consumer: the queue was deleted, or its leader moved"
                     self._notify()
-                return self._other_method(method, data, start)
+                return self._other_method(method, data, start, end)
             if self._pending is not None:
                 raise FrameError("a delivery began inside another")
             at = start + 5 + data[start + 4]
-            tag, redelivered, length = _deliver_at(data, at)
-            at += 10
-            key = at + length + 1
+            tag, redelivered = _deliver_at(data, at)
+            where = data[at + 9 : end]
+            exchange, routing_key = self._places.get(where) or self._place(where)
             self._pending = Delivery(
                 self._queue,
-                str(data[at : at + length], "utf-8", "backslashreplace"),
-                str(data[key : key + data[key - 1]], "utf-8", "backslashreplace"),
+                exchange,
+                routing_key,
                 b"",
                 tag,
                 self._epoch,
@@ -158,6 +164,8 @@ class DeliverySink(ChannelSink):
         if pending is None:
             raise FrameError("a content frame without a method")
         if kind == HEADER and self._size < 0:
+            if end - start < _LEAST_HEADER_BYTES:
+                raise FrameError("a content header is cut short")
             (size,) = _size_at(data, start)
             pending.raw = data[start + 12 : end]
             if size == 0:
@@ -168,7 +176,7 @@ class DeliverySink(ChannelSink):
                     self._begin_skipping(pending, size)
         elif kind == BODY and self._size >= 0:
             length = end - start
-            if length == self._size and not self._is_skipping:
+            if length == self._size and not self._have and not self._is_skipping:
                 pending.body = data[start:end]
                 self._complete(pending)
             else:
@@ -176,6 +184,17 @@ class DeliverySink(ChannelSink):
         else:
             raise FrameError(f"a frame of type {kind} inside a delivery")
         return False
+
+    def _place(self, where: bytes) -> tuple[str, str]:
+        """The exchange and the routing key, of which a queue sees few: a topic's buckets."""
+        key = where[0] + 2
+        if key + where[key - 1] != len(where):
+            raise FrameError("a delivery's names do not end where their frame does")
+        found = _text(where, 0, key - 1), _text(where, key - 1, len(where))
+        if len(self._places) >= PLACES_KEPT:
+            self._places.clear()
+        self._places[where] = found
+        return found
 
     def _begin_skipping(self, pending: Delivery, size: int) -> None:
         """Hand the message over without its body, its properties saying why."""
@@ -188,13 +207,13 @@ class DeliverySink(ChannelSink):
 
     def _piece(self, pending: Delivery, piece: bytes) -> None:
         if not self._is_skipping:
-            self._pieces.append(piece)
+            self._body += piece
         self._have += len(piece)
         if self._have > self._size:
             raise FrameError("a body is longer than announced")
         if self._have == self._size:
-            pending.body = b"".join(self._pieces)
-            self._pieces.clear()
+            pending.body = bytes(self._body)
+            self._body = bytearray()
             self._have = 0
             self._is_skipping = False
             self._complete(pending)
@@ -224,13 +243,19 @@ class ConfirmSink(ChannelSink):
         if kind == METHOD:
             (method,) = _method_at(data, start)
             if method in (BASIC_ACK, BASIC_NACK):
+                if end - start != _CONFIRM_BYTES:
+                    raise FrameError("a confirm has a wrong length")
                 tag, bits = _confirm_at(data, start + 4)
                 self._confirms.answer(tag, multiple=bits & 1 == 1, accepted=method == BASIC_ACK)
                 return False
             if method != BASIC_RETURN:
-                return self._other_method(method, data, start)
+                return self._other_method(method, data, start, end)
+            if self._is_returning:
+                raise FrameError("a return began inside another")
             self._is_returning = True
         elif kind == HEADER and self._is_returning and self._left < 0:
+            if end - start < _LEAST_HEADER_BYTES:
+                raise FrameError("a content header is cut short")
             (size,) = _size_at(data, start)
             self._returned(data[start + 12 : end])
             self._left = size
@@ -250,7 +275,8 @@ class ConfirmSink(ChannelSink):
         if sequence is None:
             # Only what we sent is returned, and all we send has the header. Without it nobody may be told "confirmed".
             raise FrameError(f"a returned message has no {SEQUENCE} header")
-        self._confirms.returned(sequence)
+        if not self._confirms.returned(sequence):
+            raise FrameError(f"a message was returned under the number {sequence}, which waits for no answer")
 
 
 class ConnectionSink:
@@ -264,16 +290,27 @@ class ConnectionSink:
 
     def frame(self, kind: int, data: bytes, start: int, end: int) -> bool:
         if kind == METHOD:
+            if end - start < 4:
+                raise FrameError("a method frame is cut short")
             (method,) = _method_at(data, start)
             if method == CONNECTION_CLOSE:
-                code, length = _code_at(data, start + 4)
-                self._on_close(f"the broker closed the connection: {_text(data, start + 7, length)} ({code})")
+                self._on_close(f"the broker closed the connection: {_reason(data, start, end)}")
             elif method == CONNECTION_BLOCKED:
-                self._on_blocked(_text(data, start + 5, data[start + 4]))
+                self._on_blocked(_text(data, start + 4, end))
             elif method == CONNECTION_UNBLOCKED:
                 self._on_blocked(None)
         return True
 
 
-def _text(data: bytes, at: int, length: int) -> str:
-    return str(data[at : at + length], "utf-8", "backslashreplace")
+def _reason(data: bytes, start: int, end: int) -> str:
+    """What a close method says: code, text, then the method that it blames."""
+    (code,) = _code_at(data, start + 4)
+    return f"{_text(data, start + 6, end)} ({code})"
+
+
+def _text(data: bytes, at: int, end: int) -> str:
+    """A short string that must end before its frame does."""
+    stop = at + 1 + data[at]
+    if stop > end:
+        raise FrameError("a text is longer than its frame")
+    return str(data[at + 1 : stop], "utf-8", "backslashreplace")
