@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,7 +19,7 @@ import msgspec
 from pamqp import commands, frame
 from pamqp.header import ContentHeader
 
-from bench.job import Job, samples
+from bench.job import Job, Sample, samples
 
 READ_BYTES = 1 << 18
 BATCH = 500
@@ -229,15 +229,30 @@ def event_id(number: int) -> str:
     return str(UUID(int=((time.time_ns() // 1_000_000) << 80) | (0x7 << 76) | (0x2 << 62) | number))
 
 
-def fill(job: Job, envelope: Envelope | None = None) -> None:
-    """Put the job's messages into its queue, which exists, each confirmed."""
-    envelope = envelope or Envelope("", job.queue, job.topic)
+def message(queue: str, body: bytes, properties: commands.Basic.Properties) -> bytes:
+    """The frames of any message to a queue, for peers whose own format differs; they make it with their own encoders."""
+    parts = (
+        frame.marshal(commands.Basic.Publish(exchange="", routing_key=queue, mandatory=True), 1),
+        frame.marshal(ContentHeader(0, len(body), properties), 1),
+        struct.pack(">BHI", BODY, 1, len(body)) + body + _END,
+    )
+    return b"".join(parts)
+
+
+def fill(job: Job, frames: Callable[[Sample], bytes] | None = None) -> None:
+    """Put the job's messages into its queue, which exists, each confirmed. `frames` makes those of a peer with a format of its own."""
+    if frames is None:
+        envelope = Envelope("", job.queue, job.topic)
+
+        def frames(sample: Sample) -> bytes:
+            return envelope.frames(event_id(sample.number), str(sample.order_id), _encode(sample))
+
     with Wire(job.broker_url) as wire:
         wire.confirms()
         sent = confirmed = 0
         batch: list[bytes] = []
         for sample in samples(job):
-            batch.append(envelope.frames(event_id(sample.number), str(sample.order_id), _encode(sample)))
+            batch.append(frames(sample))
             if len(batch) == BATCH:
                 wire.publish(batch)
                 sent += len(batch)
