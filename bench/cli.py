@@ -37,7 +37,9 @@ def list_() -> None:
 def run(
     names: Annotated[list[str], typer.Argument(metavar="WORKLOAD...", help="Which; `all` for every one")],
     peer: Annotated[list[str] | None, typer.Option(help="Only these peers, orderbus besides; may be repeated")] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often each peer runs; the median counts")] = 5,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=100, help="How often each peer runs; the median counts (default: the workload's own)")
+    ] = None,
     scale: Annotated[float, typer.Option(min=0.001, max=100, help="Messages a round, as a multiple of the workload's own")] = 1.0,
     json: JsonFile = RESULTS,
 ) -> None:
@@ -54,7 +56,7 @@ def run(
         if not chosen:
             continue
         try:
-            failed |= not _measure(workload, chosen, rounds, scale, json)
+            failed |= not _measure(workload, chosen, rounds or workload.rounds, scale, json)
         except Missing as error:
             failed |= _complain(f"{name}: {error}")
     raise typer.Exit(int(failed))

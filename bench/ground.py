@@ -1,4 +1,4 @@
-"""The servers of a run: a vhost and a database of its own on those of the environment, gone afterwards."""
+"""The servers of a run: a vhost, a database and a prefix in Redis of its own on those of the environment, gone afterwards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 import psycopg
+import redis
 
 DEFAULTS = {
     "RabbitMQ": ("ORDERBUS_BROKER_URL", "amqp://guest:guest@127.0.0.1:5672/", 5672),
@@ -32,6 +34,7 @@ class Ground(msgspec.Struct, frozen=True):
     broker_url: str
     database_url: str
     redis_url: str
+    redis_prefix: str = ""
 
     def topic(self) -> str:
         """A name that no other job of this run has."""
@@ -64,7 +67,11 @@ def ground(servers: frozenset[str]) -> Iterator[Ground]:
     with ExitStack() as stack:
         broker = stack.enter_context(_vhost(urls["RabbitMQ"])) if "RabbitMQ" in servers else ""
         database = stack.enter_context(_database(urls["PostgreSQL"])) if "PostgreSQL" in servers else ""
-        yield Ground(broker, database, urls["Redis"] if "Redis" in servers else "")
+        if "Redis" not in servers:
+            yield Ground(broker, database, "")
+            return
+        prefix = stack.enter_context(_redis_prefix(urls["Redis"]))
+        yield Ground(broker, database, urls["Redis"], prefix)
 
 
 @contextmanager
@@ -88,6 +95,19 @@ def _database(url: str) -> Iterator[str]:
     finally:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(f"drop database {name} with (force)")
+
+
+@contextmanager
+def _redis_prefix(url: str) -> Iterator[str]:
+    prefix = f"orderbus-bench-{os.getpid()}:"
+    try:
+        yield prefix
+    finally:
+        client: Any = redis.Redis.from_url(url, socket_timeout=5)
+        with client:
+            keys = iter(client.scan_iter(match=f"{prefix}*", count=5_000))
+            while page := list(itertools.islice(keys, 5_000)):
+                client.unlink(*page)
 
 
 def _rabbitmqctl(*arguments: str) -> None:

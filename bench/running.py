@@ -36,14 +36,17 @@ def run(
 ) -> Iterator[Result]:
     """All variants of a workload, interleaved over the peers. A peer that fails is told of and left out; the others go on."""
     for variant in workload.variants:
-        measured: dict[str, list[Round]] = {peer: [] for peer in peers}
+        measured: dict[str, list[Round]] = {peer: [] for peer in peers if variant.peers is None or peer in variant.peers}
         for number in range(1, rounds + 1):
             for peer in peers:
                 if peer not in measured:
                     continue
                 tell(f"{workload.name}, {variant.name}: round {number} of {rounds}, {peer}")
                 try:
-                    measured[peer].append(one_round(workload, variant, peer, ground, scale))
+                    if workload.measure is not None:
+                        measured[peer].append(workload.measure(variant, peer, scale, tell))
+                    else:
+                        measured[peer].append(one_round(workload, variant, peer, ground, scale))
                 except Failed as error:
                     del measured[peer]
                     tell(f"! {workload.name}, {variant.name}: {peer} is left out: {error}")

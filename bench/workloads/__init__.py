@@ -11,6 +11,7 @@ import msgspec
 from bench.child import Report
 from bench.ground import Ground
 from bench.job import Job
+from bench.results import Round
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -20,6 +21,8 @@ class Variant(msgspec.Struct, frozen=True):
     count: int
     body_bytes: int = 250
     options: dict[str, Any] = {}
+    peers: tuple[str, ...] | None = None
+    """Those of the workload's peers that can be run this way; None is all."""
 
 
 class Count(msgspec.Struct, frozen=True):
@@ -31,7 +34,11 @@ class Count(msgspec.Struct, frozen=True):
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """`shares` lets a slow peer do that part of the messages, so that its rounds take seconds too."""
+    """`shares` lets a slow peer do that part of the messages, so that its rounds take seconds too.
+
+    `measure` runs a round of one peer where that is more than one process which prepares, waits for the word, and works: it gets the
+    variant, the peer, the scale of the run and somebody to tell of its progress, and needs no `prepare`, `verify` and `servers`.
+    """
 
     name: str
     what: str
@@ -40,11 +47,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     servers: frozenset[str] = frozenset({"RabbitMQ"})
     unit: str = "message"
     shares: dict[str, float] = {}
+    rounds: int = 5
     prepare: Callable[[Ground, Job], None] = lambda ground, job: None
     verify: Callable[[Ground, Job, Report], Count] = lambda ground, job, report: Count(report.lost, report.doubled)
+    measure: Callable[[Variant, str, float, Callable[[str], None]], Round] | None = None
 
 
-NAMES = ("publish", "consume")
+NAMES = ("publish", "consume", "pipeline")
 """In the order of the tables; each is a module of this package."""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import socket
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from services.demo.page import write_page
 from services.demo.processes import ChildFailed, wait_until_ready
 from services.demo.run import Plan, Run
 from services.demo.servers import Servers, embedded, make_scarce, real
-from services.demo.shop import SERVICES, children, surroundings
+from services.demo.shop import SERVICES, children, free_port, surroundings
 from services.shared import database
 
 BUILD = Path("build")
@@ -40,7 +39,7 @@ def main() -> None:
     with servers as found:
         asyncio.run(database.prepare(found.database_url))
         make_scarce(found.database_url)
-        port = options.port or _free_port()
+        port = options.port or free_port()
         processes = children(options.servers, found.environment() | surroundings(port), folder)
         plan = Plan(
             mode=found.mode,
@@ -100,13 +99,6 @@ def _chosen(kill: str, seed: int, console: Console) -> str:
     chosen = random.Random(seed).choice(SERVICES)
     console.print(f"the service to be killed, by seed {seed}: [bold]{chosen}[/]")
     return chosen
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ class Audit(msgspec.Struct, frozen=True):
     """Confirmed orders not paid exactly, cancelled ones whose money or stock was kept."""
 
 
+OUTBOXES = ("orderbus.outbox", "orderbus.stuck")
+"""The tables in which events wait until they are sent."""
+
 _FINISHED = "select count(*), count(finished_at), count(*) filter (where status = 'confirmed') from orders"
 
 _LOST = {
@@ -100,7 +103,7 @@ def audit(connection: psycopg.Connection[Any], accepted: Sequence[str]) -> Audit
     )
 
 
-def unsettled(connection: psycopg.Connection[Any], outboxes: Sequence[str]) -> int:
+def unsettled(connection: psycopg.Connection[Any], outboxes: Sequence[str] = OUTBOXES) -> int:
     """Orders that are not finished, events in these tables that are not yet sent, and compensations still to come."""
     counted = [
         "select count(*) from orders where status = 'pending'",

@@ -14,7 +14,7 @@ import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from services.demo.audit import Audit, audit, curves, end_to_end_ms, unsettled
+from services.demo.audit import OUTBOXES, Audit, audit, curves, end_to_end_ms, unsettled
 from services.demo.figures import Figures
 from services.demo.processes import Child, CpuMeter
 from services.demo.servers import Servers
@@ -35,8 +35,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     database_url: str
     folder: Path
-    outboxes: tuple[str, ...] = ("orderbus.outbox", "orderbus.stuck")
-    """The tables in which events wait until they are sent."""
+    outboxes: tuple[str, ...] = OUTBOXES
 
 
 class Load(msgspec.Struct):
@@ -148,6 +147,9 @@ class Run:
         self._cpu_s = self._meter.seconds()
         self._audit = audit(self._connection, self._load.accepted)
         self._parked = self._servers.parked()
+
+    def close(self) -> None:
+        self._connection.close()
 
     def example(self) -> str:
         """An order's own story, as the API tells it."""

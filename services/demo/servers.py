@@ -34,11 +34,12 @@ class Servers(msgspec.Struct, frozen=True):
     database_url: str
     redis_url: str | None
     mode: str
+    redis_prefix: str = REDIS_PREFIX
 
     def environment(self) -> dict[str, str]:
         found = {"ORDERBUS_BROKER_URL": self.broker_url, "ORDERBUS_DATABASE_URL": self.database_url, "ORDERBUS_RELAY": "false"}
         if self.redis_url is not None:
-            found |= {"ORDERBUS_REDIS_URL": self.redis_url, "ORDERBUS_REDIS_PREFIX": REDIS_PREFIX}
+            found |= {"ORDERBUS_REDIS_URL": self.redis_url, "ORDERBUS_REDIS_PREFIX": self.redis_prefix}
         return found
 
     def parked(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def surroundings(port: int) -> dict[str, str]:
         "PAYMENT_FLAKY": os.environ.get("PAYMENT_FLAKY", "0.005"),
         "NOTIFY_URL": os.environ.get("NOTIFY_URL", "null:"),
     }
+
+
+def free_port() -> int:
+    """For the API."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def children(apart: bool, environment: Mapping[str, str], folder: Path) -> list[Child]:
