@@ -4,6 +4,7 @@ Typed msgspec handlers with declarative decorators, a transactional outbox and i
 dead letter policies, on RabbitMQ, PostgreSQL and Redis, under asyncio and trio.
 """
 
+from orderbus._core.columns import Column, columns
 from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.event import Event
 from orderbus._core.policy import Park, Retry, RetryLater
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "Bus",
+    "Column",
     "Delivery",
     "DrainReceipt",
     "Event",
@@ -49,6 +51,7 @@ __all__ = [
     "Tx",
     "UnavailableError",
     "UsageError",
+    "columns",
     "new_id",
     "run_until_signalled",
 ]

@@ -115,10 +115,11 @@ class Verdict(enum.Enum):
 
 
 class Deferred(msgspec.Struct, frozen=True):
-    """A statement queued until commit; equal texts are sent together."""
+    """A statement queued until commit; equal texts are sent together. With `is_row`, its params are one row of the columns it takes."""
 
     sql: str
     params: Sequence[Any] | Mapping[str, Any]
+    is_row: bool = False
 
 
 class OutboxRow(msgspec.Struct, frozen=True):

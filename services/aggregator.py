@@ -7,14 +7,13 @@ aggregator has nothing to compensate itself. Answers for a finished order change
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated, TypeVar
+from collections.abc import AsyncIterator
+from typing import Annotated
 from uuid import UUID
 
 import msgspec
 
-from orderbus import Batch, Bus, Tx
-from services.shared.columns import columns
+from orderbus import Batch, Bus, Tx, columns
 from services.shared.events import (
     OrderCancelled,
     OrderConfirmed,
@@ -27,7 +26,7 @@ from services.shared.settings import from_environment
 
 bus = Bus("aggregator")
 
-Answer = TypeVar("Answer", PaymentAuthorized, PaymentDeclined, StockReserved, StockRejected)
+Answer = PaymentAuthorized | PaymentDeclined | StockReserved | StockRejected
 Finished = list[OrderConfirmed | OrderCancelled]
 
 
@@ -42,24 +41,35 @@ async def deadline() -> AsyncIterator[Deadline]:
     yield from_environment(Deadline, "ORDER_")
 
 
-@bus.on_batch(PaymentAuthorized, most=200)
-async def payment_authorized(batch: Batch[PaymentAuthorized], tx: Tx) -> Finished:
-    return await _apply(batch, tx, lambda answer: Said(payment="authorized"))
+# All answers in one queue: those about the same order often come together, and then cost one update.
+@bus.on_batch(name="answers", most=200)
+async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReserved | StockRejected], tx: Tx) -> Finished:
+    """Lock the orders, write down what was said, and finish those that are decided.
 
-
-@bus.on_batch(PaymentDeclined, most=200)
-async def payment_declined(batch: Batch[PaymentDeclined], tx: Tx) -> Finished:
-    return await _apply(batch, tx, lambda answer: Said(payment="declined", reason=answer.reason))
-
-
-@bus.on_batch(StockReserved, most=200)
-async def stock_reserved(batch: Batch[StockReserved], tx: Tx) -> Finished:
-    return await _apply(batch, tx, lambda answer: Said(stock="reserved"))
-
-
-@bus.on_batch(StockRejected, most=200)
-async def stock_rejected(batch: Batch[StockRejected], tx: Tx) -> Finished:
-    return await _apply(batch, tx, lambda answer: Said(stock="rejected", reason=answer.reason))
+    The lock makes the later of two answers see the earlier one, and lets an order finish once.
+    """
+    orders = {row[0]: row for row in await tx.fetch_all(_LOCK, (list({event.order_id for event in batch.events}),))}
+    said: dict[UUID, Said] = {}
+    for item in batch:
+        order = orders.get(item.event.order_id)
+        if order is None:
+            item.park("unknown-order")
+        elif order[3] == "pending":
+            before = said.get(item.event.order_id) or Said(payment=order[4], stock=order[5])
+            said[item.event.order_id] = before.heard(item.event)
+    finished: Finished = []
+    written: list[tuple[UUID, str, str | None, str | None, str | None]] = []
+    for order_id, heard in said.items():
+        status = outcome(heard)
+        written.append((order_id, status, heard.payment, heard.stock, heard.reason))
+        customer_id, total_cents = orders[order_id][1:3]
+        if status == "confirmed":
+            finished.append(OrderConfirmed(order_id=order_id, customer_id=customer_id, total_cents=total_cents))
+        elif status == "cancelled":
+            finished.append(OrderCancelled(order_id=order_id, customer_id=customer_id, reason=heard.reason or "unknown"))
+    if written:
+        await tx.execute(_WRITE, columns(written))
+    return finished
 
 
 @bus.every(1.0)
@@ -76,6 +86,18 @@ class Said(msgspec.Struct, frozen=True):
     stock: str | None = None
     reason: str | None = None
 
+    def heard(self, answer: Answer) -> Said:
+        """With one more answer. The first word stands."""
+        match answer:
+            case PaymentAuthorized():
+                return Said(self.payment or "authorized", self.stock, self.reason)
+            case PaymentDeclined():
+                return self if self.payment else Said("declined", self.stock, self.reason or answer.reason)
+            case StockReserved():
+                return Said(self.payment, self.stock or "reserved", self.reason)
+            case StockRejected():
+                return self if self.stock else Said(self.payment, "rejected", self.reason or answer.reason)
+
 
 def outcome(said: Said) -> str:
     """The status of an order of which this is known.
@@ -86,34 +108,6 @@ def outcome(said: Said) -> str:
     if said.payment == "declined" or said.stock == "rejected":
         return "cancelled"
     return "confirmed" if said.payment and said.stock else "pending"
-
-
-async def _apply(batch: Batch[Answer], tx: Tx, meaning: Callable[[Answer], Said]) -> Finished:
-    """Lock the orders, write down what was said, and finish those that are decided.
-
-    The lock makes the later of two answers see the earlier one, and lets an order finish once.
-    """
-    answers = {answer.order_id: meaning(answer) for answer in batch.events}
-    orders = {row[0]: row for row in await tx.fetch_all(_LOCK, (list(answers),))}
-    for item in batch:
-        if item.event.order_id not in orders:
-            item.park("unknown-order")
-    finished: Finished = []
-    written: list[tuple[UUID, str, str | None, str | None, str | None]] = []
-    for order_id, customer_id, total_cents, status, payment, stock in orders.values():
-        if status != "pending":
-            continue
-        said = answers[order_id]
-        said = Said(payment=payment or said.payment, stock=stock or said.stock, reason=said.reason)  # the first word stands
-        status = outcome(said)
-        written.append((order_id, status, said.payment, said.stock, said.reason))
-        if status == "confirmed":
-            finished.append(OrderConfirmed(order_id=order_id, customer_id=customer_id, total_cents=total_cents))
-        elif status == "cancelled":
-            finished.append(OrderCancelled(order_id=order_id, customer_id=customer_id, reason=said.reason or "unknown"))
-    if written:
-        await tx.execute(_WRITE, columns(written))
-    return finished
 
 
 # In the order of their keys, so that two batches with the same orders wait for each other instead of deadlocking.

@@ -11,8 +11,7 @@ from uuid import UUID
 
 import msgspec
 
-from orderbus import Batch, Bus, Tx
-from services.shared.columns import columns
+from orderbus import Batch, Bus, Tx, columns
 from services.shared.events import OrderCancelled, OrderPlaced, StockRejected, StockReserved
 
 bus = Bus("inventory")

@@ -9,8 +9,7 @@ from uuid import UUID
 
 import msgspec
 
-from orderbus import Batch, Bus, Retry, Tx
-from services.shared.columns import columns
+from orderbus import Batch, Bus, Retry, Tx, columns
 from services.shared.events import OrderCancelled, OrderPlaced, PaymentAuthorized, PaymentDeclined
 from services.shared.settings import from_environment
 

@@ -46,18 +46,24 @@ class Handler(msgspec.Struct, frozen=True):
 
     group: str
     function: Callable[..., Any]
-    event: type[Event]
+    events: tuple[type[Event], ...]
     options: Options
     batch: bool = False
 
     @property
-    def topic(self) -> str:
-        return event_type(self.event).topic
+    def topics(self) -> tuple[str, ...]:
+        return tuple(event_type(event).topic for event in self.events)
 
     @property
     def name(self) -> str:
         """The stable name by which the inbox knows it: its `name=`, else its topic. Renaming the function changes nothing."""
-        return self.options.name or self.topic
+        return self.options.name or self.topics[0]
+
+    @property
+    def wants(self) -> str:
+        """The type of its first parameter, as one writes it."""
+        events = " | ".join(_type_name(event) for event in self.events)
+        return f"Batch[{events}]" if self.batch else events
 
     @property
     def consumer(self) -> str:
@@ -105,8 +111,16 @@ def check_options(handler: Handler) -> None:
     """Raises UsageError for options that can't be kept, naming the handler, the option and the fix."""
     options = handler.options
     _check_async(handler)
-    if not (isinstance(handler.event, type) and issubclass(handler.event, Event)):
-        raise UsageError(f"{handler.place}: is registered for {handler.event!r}, which is no event class; derive it from Event")
+    for event in handler.events:
+        if not (isinstance(event, type) and issubclass(event, Event)):
+            raise UsageError(f"{handler.place}: is registered for {event!r}, which is no event class; derive it from Event")
+    topics = handler.topics  # raises UsageError for an event without a topic
+    if len(set(topics)) < len(topics):
+        raise UsageError(f"{handler.place}: two of its events have the same topic: {', '.join(topics)}")
+    if len(topics) > 1 and options.name is None:
+        raise UsageError(
+            f"{handler.place}: handles {len(topics)} topics in one queue; give it a stable name=, which names the queue"
+        )
     if options.name is not None and not (isinstance(options.name, str) and NAME.fullmatch(options.name)):
         raise UsageError(f"{handler.place}: name={options.name!r} must be lower-case letters, digits, '.', '-' or '_'")
     if handler.name == "ordered":
@@ -141,8 +155,9 @@ def resolve(handler: Handler, tx_type: type, resources: Mapping[type, object]) -
     """Read the signature. Raises UsageError naming the handler, the parameter and the fix; NameError for a forward reference."""
     hints = typing.get_type_hints(handler.function)
     parameters = list(inspect.signature(handler.function).parameters.values())
-    first: Any = Batch[handler.event] if handler.batch else handler.event  # type: ignore[name-defined]
-    wanted = f"Batch[{handler.event.__name__}]" if handler.batch else handler.event.__name__
+    events: Any = Union[handler.events]  # noqa: UP007 - of a tuple
+    first = Batch[events] if handler.batch else events
+    wanted = handler.wants
     if not parameters:
         raise UsageError(f"{handler.place}: takes no parameter; its first must be the event, `event: {wanted}`")
     for parameter in parameters:
@@ -168,13 +183,31 @@ def resolve(handler: Handler, tx_type: type, resources: Mapping[type, object]) -
     return plan
 
 
+def events_of(function: Callable[..., Any]) -> tuple[type[Event], ...]:
+    """The events of a batch handler whose decorator names none: those in `Batch[A | B]` of its first parameter.
+
+    Raises UsageError that says what to write.
+    """
+    place = f"handler {place_of(function)}"
+    advice = "write `batch: Batch[A | B]` with event classes that are defined above, or name the event in the decorator"
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise UsageError(f"{place}: its annotations name something that can't be found: {error}; {advice}") from error
+    first = next((hints.get(name) for name in inspect.signature(function).parameters), None)
+    if get_origin(first) is not Batch:
+        raise UsageError(f"{place}: the decorator names no event, and its first parameter is {_type_name(first)}; {advice}")
+    (inner,) = get_args(first)
+    return get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
+
+
 def queue_needs(handlers: Sequence[Handler]) -> list[QueueNeed]:
     """The queues of these handlers: one for each name, and one that all ordered handlers share."""
     needs: dict[str, list[Handler]] = {}
     for handler in handlers:
         needs.setdefault(handler.queue, []).append(handler)
     return [
-        QueueNeed(queue, tuple(sorted({handler.topic for handler in group})), group[0].options.ordered)
+        QueueNeed(queue, tuple(sorted({topic for handler in group for topic in handler.topics})), group[0].options.ordered)
         for queue, group in needs.items()
     ]
 
@@ -182,13 +215,12 @@ def queue_needs(handlers: Sequence[Handler]) -> list[QueueNeed]:
 def check_together(handler: Handler, others: Sequence[Handler]) -> None:
     """Raises UsageError where two handlers of a group can't be told apart."""
     for other in others:
-        if handler.consumer != other.consumer and not (
-            handler.options.ordered and other.options.ordered and handler.topic == other.topic
-        ):
+        share_a_lane = handler.options.ordered and other.options.ordered and handler.topics == other.topics
+        if handler.consumer != other.consumer and not share_a_lane:
             continue
-        if handler.options.ordered and other.options.ordered and handler.topic == other.topic:
+        if share_a_lane:
             raise UsageError(
-                f"{handler.place}: {other.place} of group {handler.group!r} already handles {handler.topic!r} in order; "
+                f"{handler.place}: {other.place} of group {handler.group!r} already handles {handler.topics[0]!r} in order; "
                 f"a group has one ordered handler for a topic"
             )
         raise UsageError(

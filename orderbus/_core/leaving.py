@@ -126,7 +126,7 @@ def _again(
         routing_key=routing_key,
         body=incoming.body,
         message_id=properties.message_id or "",
-        type=properties.type or (work.route.handler.topic if work is not None else ""),
+        type=properties.type or (work.route.topic if work is not None else ""),
         content_type=properties.content_type or JSON,
         timestamp_s=properties.timestamp_s,
         headers=headers,

@@ -13,7 +13,7 @@ import msgspec
 
 from orderbus._core.codec import BodyDecoder, body_hash
 from orderbus._core.delivery import State, Step, step
-from orderbus._core.event import Event
+from orderbus._core.event import Event, event_type
 from orderbus._core.handler import Handler, Plan
 from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, NOT_BEFORE, Headers, HeaderValue, Incoming, header_bytes
@@ -27,14 +27,15 @@ _ADDED = ("ob-", "x-death", "x-delivery-count", "x-first-death-", "x-last-death-
 
 
 class Route:
-    """A handler made ready: its plan and its decoder."""
+    """A handler made ready for one of its topics: its plan and the decoder."""
 
-    __slots__ = ("decoder", "handler", "plan")
+    __slots__ = ("decoder", "handler", "plan", "topic")
 
-    def __init__(self, handler: Handler, plan: Plan, *, limit_bytes: int) -> None:
+    def __init__(self, handler: Handler, plan: Plan, event: type[Event], *, limit_bytes: int) -> None:
         self.handler = handler
         self.plan = plan
-        self.decoder = BodyDecoder(handler.event, limit_bytes=limit_bytes)
+        self.topic = event_type(event).topic
+        self.decoder = BodyDecoder(event, limit_bytes=limit_bytes)
 
 
 class Work(msgspec.Struct, eq=False):

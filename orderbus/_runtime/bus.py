@@ -26,6 +26,7 @@ from orderbus._core.handler import (
     Plan,
     check_options,
     check_together,
+    events_of,
     queue_needs,
     resolve,
     resolve_periodic,
@@ -110,14 +111,41 @@ class Bus:
         options = Options(retry, name, ordered, concurrency, fuse, timeout, prefetch, guard)
 
         def register(function: Callable[Concatenate[E, P], Awaitable[R]]) -> Callable[Concatenate[E, P], Awaitable[R]]:
-            self._register(Handler(self.group, function, event, options))
+            self._register(Handler(self.group, function, (event,), options))
             return function
 
         return register
 
+    @overload
     def on_batch(
         self,
         event: type[E],
+        *,
+        most: int = 100,
+        name: str | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        concurrency: int = 1,
+        timeout: float = 60.0,
+        prefetch: int | None = None,
+        guard: Guard | None = None,
+    ) -> Callable[[Callable[Concatenate[Batch[E], P], Awaitable[R]]], Callable[Concatenate[Batch[E], P], Awaitable[R]]]: ...
+
+    @overload
+    def on_batch(
+        self,
+        *,
+        name: str,
+        most: int = 100,
+        retry: Retry = DEFAULT_RETRY,
+        concurrency: int = 1,
+        timeout: float = 60.0,
+        prefetch: int | None = None,
+        guard: Guard | None = None,
+    ) -> Callable[[Callable[Concatenate[Batch[E], P], Awaitable[R]]], Callable[Concatenate[Batch[E], P], Awaitable[R]]]: ...
+
+    def on_batch(
+        self,
+        event: type[E] | None = None,
         *,
         most: int = 100,
         name: str | None = None,
@@ -131,13 +159,17 @@ class Bus:
 
         Each item succeeds unless the handler calls `item.park(reason)` or `item.retry(delay or exception)`. An exception
         rolls everything back and runs the batch's events one by one. The other options are those of `on`.
+
+        Without an event the events are those of the function's own `Batch[A | B]`, with a stable `name=`: all their topics share
+        one queue and one transaction, so two answers about one order can be applied by one statement.
         """
         options = Options(retry, name, False, concurrency, most, timeout, prefetch, guard)
 
         def register(
             function: Callable[Concatenate[Batch[E], P], Awaitable[R]],
         ) -> Callable[Concatenate[Batch[E], P], Awaitable[R]]:
-            self._register(Handler(self.group, function, event, options, batch=True))
+            events = events_of(function) if event is None else (event,)
+            self._register(Handler(self.group, function, events, options, batch=True))
             return function
 
         return register
@@ -327,7 +359,6 @@ class Bus:
     def _register(self, handler: Handler) -> None:
         self._check_closed(handler.place)
         check_options(handler)
-        handler.topic  # noqa: B018 - raises UsageError for what is no event class
         check_together(handler, self._handlers)
         try:
             resolve(handler, Tx, _Anything(self._resources))

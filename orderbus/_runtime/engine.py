@@ -170,9 +170,10 @@ class Engine:
         )
         for need in needs:
             routes = {
-                handler.topic: Route(handler, plan, limit_bytes=self._settings.max_body_bytes)
+                topic: Route(handler, plan, event, limit_bytes=self._settings.max_body_bytes)
                 for handler, plan in self._plans
                 if handler.queue == need.name
+                for topic, event in zip(handler.topics, handler.events, strict=True)
             }
             consumer, done = Consumer(need, routes, guards, env), anyio.Event()
             self._consumers.append((consumer, done))

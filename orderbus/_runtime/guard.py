@@ -147,7 +147,7 @@ def _timeout(work: Work) -> HandlerTimeout:
 def delivery_of(work: Work, deadline: float) -> Delivery:
     return Delivery(
         id=work.id,
-        topic=work.route.handler.topic,
+        topic=work.route.topic,
         key=work.key,
         attempt=work.attempt,
         headers=work.incoming.properties.headers,

@@ -11,12 +11,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orderbus._core.event import event_type
+from orderbus._core.event import Event, event_type
 from orderbus._core.handler import Handler, Plan
 from orderbus._core.policy import Retry
 from orderbus._core.settings import Settings
 from orderbus._runtime.bus import Bus
 from orderbus.errors import SettingsError
+
+
+class EventDescription(msgspec.Struct, frozen=True):
+    event: str
+    topic: str
+    version: int
 
 
 class HandlerDescription(msgspec.Struct, frozen=True):
@@ -25,9 +31,7 @@ class HandlerDescription(msgspec.Struct, frozen=True):
     name: str
     function: str
     place: str
-    event: str
-    topic: str
-    version: int
+    events: tuple[EventDescription, ...]
     queue: str
     dead_letters: str
     batch: bool
@@ -75,7 +79,8 @@ def banner(buses: Sequence[Bus]) -> RenderableType:
     for bus in buses:
         for handler in (described := describe_bus(bus)).handlers:
             guard = f"{handler.guard}, ordered" if handler.ordered else handler.guard
-            table.add_row(handler.function, handler.topic, handler.queue, handler.retry_brief, guard)
+            topics = "\n".join(event.topic for event in handler.events)
+            table.add_row(handler.function, topics, handler.queue, handler.retry_brief, guard)
         for periodic in described.periodics:
             table.add_row(periodic.function, f"every {periodic.every_s:g} s", "-", "-", "-")
         if not described.handlers and not described.periodics:
@@ -89,7 +94,7 @@ def tables(described: BusDescription) -> RenderableType:
     for handler in described.handlers:
         overview.add_row(
             Text.assemble((handler.name, "bold"), f"\n{handler.place}"),
-            f"{handler.event}\n{handler.topic} v{handler.version}",
+            "\n".join(f"{event.event}\n{event.topic} v{event.version}" for event in handler.events),
             f"{handler.queue}\nprefetch {handler.prefetch}",
             _runs_text(handler),
             handler.guard,
@@ -110,14 +115,12 @@ def tables(described: BusDescription) -> RenderableType:
 
 
 def _describe(handler: Handler, plan: Plan, default_guard: str) -> HandlerDescription:
-    options, code, of_event = handler.options, handler.function.__code__, event_type(handler.event)
+    options, code = handler.options, handler.function.__code__
     return HandlerDescription(
         name=handler.name,
         function=handler.function.__qualname__,
         place=f"{os.path.relpath(code.co_filename)}:{code.co_firstlineno}",
-        event=handler.event.__name__,
-        topic=of_event.topic,
-        version=of_event.version,
+        events=tuple(_describe_event(event) for event in handler.events),
         queue=handler.queue,
         dead_letters=f"{handler.queue}.dlq",
         batch=handler.batch,
@@ -131,6 +134,11 @@ def _describe(handler: Handler, plan: Plan, default_guard: str) -> HandlerDescri
         retry_brief=_brief(options.retry),
         emits=tuple(event.__name__ for event in plan.emits),
     )
+
+
+def _describe_event(event: type[Event]) -> EventDescription:
+    kind = event_type(event)
+    return EventDescription(event.__name__, kind.topic, kind.version)
 
 
 def _default_guard(bus: Bus) -> str:

@@ -95,9 +95,9 @@ async def place(order_id: UUID, order: NewOrder, key: tuple[str, str] | None) ->
 
     def work(tx: Tx) -> None:
         if key is None:
-            tx.defer(_INSERT, row)
+            tx.defer_row(_INSERT, row)
         else:
-            tx.defer(_INSERT_WITH_KEY, (*row, *key, order_id))
+            tx.defer_row(_INSERT_WITH_KEY, (*row, *key))
         tx.emit(event)
 
     await bus.group_commit(work)
@@ -141,12 +141,22 @@ async def of_customer(customer_id: UUID, limit: int, after: UUID | None) -> Orde
     return OrderList(orders, orders[-1].order_id if len(rows) > limit else None)
 
 
-_INSERT = "insert into orders (order_id, customer_id, total_cents, lines, placed_at) values (%s, %s, %s, %s, %s)"
+_INSERT = """\
+insert into orders (order_id, customer_id, total_cents, lines, placed_at)
+select order_id, customer_id, total_cents, lines::jsonb, placed_at
+from unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::text[], %s::timestamptz[])
+    as placed (order_id, customer_id, total_cents, lines, placed_at)"""
 
 # One statement, for each costs the same whatever it does.
 _INSERT_WITH_KEY = """\
-with placed as (insert into orders (order_id, customer_id, total_cents, lines, placed_at) values (%s, %s, %s, %s, %s))
-insert into idempotency_key (key, fingerprint, order_id) values (%s, %s, %s)"""
+with placed as materialized (
+    select * from unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::text[], %s::timestamptz[], %s::text[], %s::text[])
+        as placed (order_id, customer_id, total_cents, lines, placed_at, key, fingerprint)
+), stored as (
+    insert into orders (order_id, customer_id, total_cents, lines, placed_at)
+    select order_id, customer_id, total_cents, lines::jsonb, placed_at from placed
+)
+insert into idempotency_key (key, fingerprint, order_id) select key, fingerprint, order_id from placed"""
 
 _SELECT_KEY = """\
 select fingerprint, order_id, total_cents, placed_at from idempotency_key join orders using (order_id) where key = %s"""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orderbus import Batch, Bus, Delivery, Event, Retry, Tx, UsageError
-from orderbus._core.handler import Plan
+from orderbus._core.handler import Plan, queue_needs
 
 
 class Placed(Event, topic="orders.placed", key="order_id"):
@@ -309,6 +309,24 @@ def test_one_name_for_two_events_is_refused(bus: Bus) -> None:
     bus.on(Placed, name="same")(first)
 
     refused(lambda: bus.on(Paid, name="same")(second), "already called 'same'")
+
+
+def test_a_batch_handler_of_several_events_says_them_in_its_own_signature(bus: Bus) -> None:
+    async def good(orders: Batch[Placed | Paid], tx: Tx) -> None: ...
+    async def no_batch(orders: Placed | Paid) -> None: ...
+    async def nothing() -> None: ...
+    async def no_event(orders: Batch[int]) -> None: ...
+
+    bus.on_batch(name="both")(good)
+    [(handler, plan)] = bus.plans()
+    assert (handler.events, handler.queue, plan.arguments) == ((Placed, Paid), "payments.both", ("batch", "tx"))
+    assert [sorted(need.topics) for need in queue_needs([handler])] == [sorted(handler.topics)]
+
+    refused(lambda: bus.on_batch(name="a")(no_batch), "no_batch (", "names no event", "write `batch: Batch[A | B]`")
+    refused(lambda: bus.on_batch(name="b")(nothing), "nothing (", "write `batch: Batch[A | B]`")
+    refused(lambda: bus.on_batch(name="c")(no_event), "no_event (", "which is no event class")
+    refused(lambda: bus.on_batch()(good), "good (", "give it a stable name=")  # type: ignore[call-overload]
+    refused(lambda: bus.on_batch(name="both")(good), "already called 'both'")
 
 
 def test_a_batch_handler_takes_a_batch(bus: Bus) -> None:

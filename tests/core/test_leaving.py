@@ -24,7 +24,7 @@ class Placed(Event, topic="orders.placed", key="order"):
 async def handle(event: Placed) -> None: ...
 
 
-ROUTE = Route(Handler("shop", handle, Placed, Options(Retry.none())), Plan(("event",), ()), limit_bytes=1 << 20)
+ROUTE = Route(Handler("shop", handle, (Placed,), Options(Retry.none())), Plan(("event",), ()), Placed, limit_bytes=1 << 20)
 
 
 def incoming(headers: dict[str, Any] | None = None, **properties: Any) -> Incoming:

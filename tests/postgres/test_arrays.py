@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, date, datetime
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from orderbus import columns
 from orderbus.adapters.postgres.arrays import (
     Array,
     bytea_array,
@@ -32,6 +34,19 @@ KINDS: dict[str, tuple[Callable[[Any], Array], st.SearchStrategy[Any]]] = {
     "text": (text_array, st.none() | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))),
 }
 
+COLUMNS: dict[str, st.SearchStrategy[Any]] = {
+    "bigint": st.integers(-(2**63), 2**63 - 1),
+    "uuid": st.builds(UUID, int=st.integers(0, 2**128 - 1)),
+    "bytea": st.binary(max_size=50),
+    "text": st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    "boolean": st.booleans(),
+    "double precision": st.floats(allow_nan=False),
+    "timestamp with time zone": st.datetimes(
+        min_value=datetime(1, 1, 2), max_value=datetime(9999, 12, 30), timezones=st.just(UTC)
+    ),
+    "date": st.dates(min_value=date(1, 1, 1)),
+}
+
 
 @pytest.fixture(scope="module")
 def connection(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
@@ -52,6 +67,26 @@ def test_an_array_of_any_values_comes_back_as_it_was(connection: psycopg.Connect
         assert cursor.fetchone() == (f"{kind}[]", sent)
 
     comes_back()
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_column_of_any_values_comes_back_as_it_was(connection: psycopg.Connection[Any], kind: str) -> None:
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.none() | COLUMNS[kind], max_size=20))
+    def comes_back(sent: list[Any]) -> None:
+        cursor = connection.cursor(binary=True)
+        register(cursor)
+        cursor.execute(f"select %s::{kind}[]", columns([(value,) for value in sent]) or ([],))
+        assert cursor.fetchone() == (sent,)
+
+    comes_back()
+
+
+def test_a_column_of_mixed_types_is_refused_by_name(connection: psycopg.Connection[Any]) -> None:
+    cursor = connection.cursor()
+    register(cursor)
+    with pytest.raises(psycopg.DataError, match=r"cannot dump lists of mixed types"):
+        cursor.execute("select %s::text[]", columns([(1,), ("a",)]))
 
 
 @pytest.mark.parametrize(("make", "value"), [(int2_array, 2**15), (int4_array, 2**31), (int8_array, 2**63)])

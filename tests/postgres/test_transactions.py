@@ -115,6 +115,30 @@ async def test_nothing_of_a_transaction_that_rolled_back_remains(store: Postgres
     assert query("select id from notes union all select id from orderbus.outbox") == []
 
 
+async def test_deferred_rows_of_one_statement_are_sent_as_its_columns(store: PostgresStore, query: Sql) -> None:
+    transaction = await store.begin()
+    rows = "insert into notes select * from unnest(%s::integer[], %s::text[])"
+    await transaction.commit(
+        [
+            Deferred(rows, (1, "a"), is_row=True),
+            Deferred("update notes set text = text || '!'", ()),
+            Deferred(rows, (2, None), is_row=True),
+        ],
+        [],
+    )
+
+    assert query("select * from notes order by id") == [(1, "a!"), (2, None)]
+
+
+async def test_deferred_rows_of_unequal_length_roll_all_back(store: PostgresStore, query: Sql) -> None:
+    transaction = await store.begin()
+    rows = "insert into notes select * from unnest(%s::integer[], %s::text[])"
+    with pytest.raises(UsageError, match="not of one length"):
+        await transaction.commit([Deferred(rows, (1, "a"), is_row=True), Deferred(rows, (2,), is_row=True)], [])
+
+    assert query("select * from notes") == []
+
+
 async def test_deferred_statements_run_at_commit_grouped_by_text_in_order_of_first_appearance(
     store: PostgresStore, query: Sql
 ) -> None:

@@ -208,5 +208,7 @@ async def test_many_events_of_which_one_reaches_nobody_say_so(world: World) -> N
     async def handle(event: Placed) -> None: ...
 
     async with bus:
-        with pytest.raises(UnavailableError, match=r"2 of 4 events were not confirmed; the first: no queue is bound to 'orders.paid'"):
+        with pytest.raises(
+            UnavailableError, match=r"2 of 4 events were not confirmed; the first: no queue is bound to 'orders.paid'"
+        ):
             await bus.publish_many([Placed(order="a"), Paid(order="a"), Paid(order="b"), Noted()])

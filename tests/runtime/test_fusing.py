@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 from orderbus import Batch, Park, Retry, Tx, UsageError, new_id
-from tests.runtime.world import Log, Paid, Placed, World, receipt_of, until
+from tests.runtime.world import Cancelled, Log, Paid, Placed, World, receipt_of, until
 
 pytestmark = pytest.mark.anyio
 
@@ -172,6 +172,33 @@ async def test_a_batch_is_handled_in_one_call_sorted_by_key(world: World) -> Non
 
     assert log.lines == [[("a", 1, "a", 1), ("b", 0, "b", 1), ("b", 2, "b", 1)]]
     assert receipt_of(bus).stats.emitted == 3
+
+
+async def test_a_batch_of_several_events_comes_from_one_queue_and_each_failure_keeps_its_topic(world: World) -> None:
+    bus, log = world.bus(), Log()
+
+    @bus.on_batch(name="answers", most=10)
+    async def handle(batch: Batch[Placed | Paid | Cancelled]) -> None:
+        log([(type(item.event).__name__, item.event.order, item.delivery.topic) for item in batch])
+        for item in batch:
+            if isinstance(item.event, Cancelled):
+                item.park("no-such-order")
+
+    async with bus:
+        await send_together(world, Paid(order="b"), Placed(order="a"), Cancelled(order="c"), Placed(order="b"))
+        await log.reached(1)
+        await until(lambda: bus.stats.parked == 1)
+
+    assert log.lines == [
+        [
+            ("Placed", "a", "orders.placed"),
+            ("Paid", "b", "orders.paid"),
+            ("Placed", "b", "orders.placed"),
+            ("Cancelled", "c", "orders.cancelled"),
+        ]
+    ]
+    [letter] = world.parked("shop.answers")
+    assert letter.properties.type == "orders.cancelled"
 
 
 async def test_single_items_of_a_batch_park_or_come_again_and_the_rest_is_done(world: World) -> None:

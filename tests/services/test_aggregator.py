@@ -167,6 +167,6 @@ async def test_an_answer_for_an_unknown_order_is_parked_and_its_neighbours_are_n
         await until_handled(aggregator.bus, 2)
         await shop.until_rows("select payment from orders", [("authorized",), ("authorized",)])
 
-    [letter] = shop.broker.messages("aggregator.payments.authorized.dlq")
+    [letter] = shop.broker.messages("aggregator.answers.dlq")
     assert letter.properties.headers["ob-reason"] == "unknown-order"
     assert str(UUID(int=2)).encode() in letter.body

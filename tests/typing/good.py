@@ -106,6 +106,11 @@ async def returns_a_sequence(event: PaymentAuthorized) -> Sequence[Event] | None
     return None
 
 
+@bus.on_batch(name="both", most=50)
+async def both(batch: Batch[PaymentDeclined | PaymentAuthorized], tx: Tx) -> None:
+    assert_type(batch.events, Sequence[PaymentDeclined | PaymentAuthorized])
+
+
 @bus.on_batch(PaymentDeclined, most=50)
 async def declined(batch: Batch[PaymentDeclined], tx: Tx) -> None:
     assert_type(batch.events, Sequence[PaymentDeclined])

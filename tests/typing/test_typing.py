@@ -52,5 +52,5 @@ def test_what_is_asserted_is_true_when_it_runs_too() -> None:
     """The good file can be imported: no decorator refuses at run time what the checker lets through."""
     import tests.typing.good as good
 
-    assert len(good.bus.handlers) == 7
-    assert len(good.bus.plans()) == 7
+    assert len(good.bus.handlers) == 8
+    assert len(good.bus.plans()) == 8

@@ -8,7 +8,7 @@ from typing import Any
 from psycopg import AsyncCursor
 
 from orderbus.abc import InboxEntry, Verdict
-from orderbus.adapters.postgres.arrays import int4_array, int8_array, register, uuid_array
+from orderbus.adapters.postgres.arrays import int4_array, int8_array, uuid_array
 from orderbus.adapters.postgres.pool import Connection
 from orderbus.errors import TransientError
 
@@ -122,5 +122,4 @@ def _verdicts(
 async def _execute(connection: Connection, query: str, *params: Any, prepare: bool) -> AsyncCursor[Any]:
     """Rare queries are planned each time: a plan that was cached while a day's partition was empty may read all of it later."""
     cursor = connection.cursor(binary=True)
-    register(cursor)
     return await cursor.execute(query, params, prepare=prepare)

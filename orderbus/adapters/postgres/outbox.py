@@ -12,7 +12,7 @@ from psycopg import AsyncCursor
 from orderbus._core.outbox import plan_lease
 from orderbus._core.topology import BUCKETS
 from orderbus.abc import OutboxPage, OutboxRow, Stuck
-from orderbus.adapters.postgres.arrays import int2_array, int8_array, register
+from orderbus.adapters.postgres.arrays import int2_array, int8_array
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.pool import Connection, Pool
 
@@ -214,6 +214,4 @@ _decode_headers = msgspec.json.Decoder(dict[str, str]).decode
 
 
 def _cursor(connection: Connection) -> AsyncCursor[Any]:
-    cursor = connection.cursor(binary=True)
-    register(cursor)
-    return cursor
+    return connection.cursor(binary=True)

@@ -17,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
+from orderbus.adapters.postgres.arrays import register
 from orderbus.adapters.postgres.errors import limited
 from orderbus.errors import UnavailableError, UsageError
 
@@ -92,7 +93,8 @@ class Pool:
     async def _connect(self) -> Connection:
         async with limited(self.where, self._connect_s):
             connection: Connection = await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True)
-            return connection
+        register(connection)
+        return connection
 
 
 def conninfo_for(url: str, *, name: str, statement_timeout_ms: int, lock_timeout_ms: int, idle_in_transaction_ms: int) -> str:

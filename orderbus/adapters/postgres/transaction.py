@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 import psycopg
-from psycopg import AsyncCursor, errors
+from psycopg import errors
 from psycopg.pq import TransactionStatus
 
+from orderbus._core.columns import columns
 from orderbus.abc import Deferred, InboxEntry, OutboxRow, Verdict
 from orderbus.adapters.postgres import inbox
 from orderbus.adapters.postgres.arrays import bytea_array, int2_array, int8_array, register, text_array, uuid_array
@@ -100,6 +101,7 @@ class EnlistedTransaction:
             raise UsageError(f"enlist takes a psycopg.AsyncConnection, not {type(connection).__name__}")
         if connection.autocommit and connection.pgconn.transaction_status == TransactionStatus.IDLE:
             raise UsageError("enlist takes a connection in a transaction; put `async with connection.transaction():` around it")
+        register(connection)
         self.connection = connection
         self._where = where
         self._limit_s = limit_s
@@ -138,19 +140,22 @@ order by position"""
 
 async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:
     """Everything that was put off until commit; the outbox last, after the locks of the business writes are taken."""
-    grouped: dict[str, list[Any]] = {}
+    grouped: dict[tuple[str, bool], list[Any]] = {}
     for statement in deferred:
-        grouped.setdefault(statement.sql, []).append(statement.params)
-    for sql, params in grouped.items():
-        await connection.cursor().executemany(sql, params)
+        grouped.setdefault((statement.sql, statement.is_row), []).append(statement.params)
+    for (sql, are_rows), params in grouped.items():
+        if are_rows:
+            await connection.execute(sql, columns(params))
+        else:
+            await connection.cursor().executemany(sql, params)
     later = [row for row in emitted if row.due_at_ms is not None]
     now = [row for row in emitted if row.due_at_ms is None] if later else emitted
     if later:
-        await _cursor(connection).execute(
+        await connection.execute(
             _INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later])), prepare=True
         )
     if now:
-        await _cursor(connection).execute(_INSERT_OUTBOX, _columns(now), prepare=True)
+        await connection.execute(_INSERT_OUTBOX, _columns(now), prepare=True)
 
 
 def _columns(rows: Sequence[OutboxRow]) -> tuple[bytes, ...]:
@@ -181,9 +186,3 @@ def _check_open(connection: Connection) -> None:
 async def _rows_and_count(connection: Connection, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
     cursor = await connection.execute(sql, params)
     return (await cursor.fetchall() if cursor.description else ()), cursor.rowcount
-
-
-def _cursor(connection: Connection) -> AsyncCursor[Any]:
-    cursor = connection.cursor()
-    register(cursor)
-    return cursor
