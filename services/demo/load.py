@@ -14,7 +14,9 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from locust import FastHttpUser, constant_throughput, events, task
+from locust import User, constant_throughput, events, task
+
+from services.demo.http import Client, HttpError
 
 RATE = float(os.environ.get("DEMO_RATE", "100"))
 USERS = int(os.environ.get("DEMO_USERS", "100"))
@@ -52,36 +54,55 @@ def body() -> bytes:
 BODIES = [body() for _ in range(5_000)]
 
 
-class Customer(FastHttpUser):
+class Customer(User):
     """Places orders; a tenth of them under an Idempotency-Key, some of which are sent twice."""
 
     wait_time = constant_throughput(RATE / USERS)
-    connection_timeout = 5.0
-    network_timeout = 10.0
+
+    def on_start(self) -> None:
+        assert self.host is not None
+        self.client = Client(self.host)
+
+    def on_stop(self) -> None:
+        self.client.close()
 
     @task
     def place(self) -> None:
         order = rng.choice(BODIES)
         if rng.random() >= KEYED_SHARE:
-            self.post(order, {})
+            self.post(order)
             return
-        key = {"Idempotency-Key": f'"{rng.getrandbits(128):032x}"'}
+        key = f'idempotency-key: "{rng.getrandbits(128):032x}"\r\n'
         first = self.post(order, key)
         if first is not None and rng.random() < REPEATED_SHARE / KEYED_SHARE:
             again = self.post(order, key, repeated=True)
             if again is not None and again != first:
                 mismatched.append(first)
 
-    def post(self, order: bytes, extra: dict[str, str], *, repeated: bool = False) -> str | None:
+    def post(self, order: bytes, headers: str = "", *, repeated: bool = False) -> str | None:
         began = time.perf_counter()
-        headers = {"Content-Type": "application/json", **extra}
-        with self.client.post("/orders", data=order, headers=headers, catch_response=True) as response:  # type: ignore[arg-type]
-            times_ms[int(time.time())].append((time.perf_counter() - began) * 1000)
-            if response.status_code not in (200, 201):
-                failures[f"HTTP {response.status_code}"] += 1
-                response.failure(f"HTTP {response.status_code}")
-                return None
-            order_id: str = orjson.loads(response.content)["order_id"]
+        failure: Exception | None = None
+        answer = b""
+        try:
+            status, answer = self.client.post("/orders", order, headers)
+            if status not in (200, 201):
+                failure = HttpError(f"HTTP {status}")
+        except (OSError, HttpError) as error:
+            failure = error
+        elapsed_ms = (time.perf_counter() - began) * 1000
+        times_ms[int(time.time())].append(elapsed_ms)
+        self.environment.events.request.fire(
+            request_type="POST",
+            name="/orders",
+            response_time=elapsed_ms,
+            response_length=len(answer),
+            exception=failure,
+            context={},
+        )
+        if failure is not None:
+            failures[str(failure) or type(failure).__name__] += 1
+            return None
+        order_id: str = orjson.loads(answer)["order_id"]
         if not repeated:
             accepted.append(order_id)
         return order_id
