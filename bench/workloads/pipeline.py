@@ -30,10 +30,10 @@ from bench.running import Failed
 from bench.workloads import Variant, Workload
 from services.demo.audit import OUTBOXES
 from services.demo.figures import Figures
-from services.demo.processes import SERVER_NAMES, Child, ChildFailed, wait_until_ready
+from services.demo.processes import SERVER_NAMES, Child, ChildFailed, wait_until_ready, wait_until_said
 from services.demo.run import Plan, Run
 from services.demo.servers import Servers, embedded, make_scarce
-from services.demo.shop import SERVICES, children, free_port, surroundings
+from services.demo.shop import RUNNING, SERVICES, children, free_port, surroundings
 from services.shared import database
 
 TRY_S, HOLD_S = 15, 60
@@ -45,6 +45,7 @@ WARM_S = 3
 """Seconds at the begin of the load that don't count for its completed rate: it takes one to start, and orders take some time."""
 SEED = 1
 READY_S = 60
+STARTED = "FastStream app started successfully"
 FOLDER = Path("build/bench-pipeline")
 BY_HAND = Path(__file__).resolve().parent.parent / "by_hand_shop"
 
@@ -158,6 +159,7 @@ def trial(variant: str, peer: str, rate: int, seconds: int) -> Trial:
                     child.start()
                     running.callback(child.stop)
                 try:
+                    wait_until_said(STARTED if peer == "by-hand" else RUNNING, processes[:-1])
                     wait_until_ready(f"{url}/ready", processes)
                     order_once(url)
                     run.load()

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from services.demo.figures import save, show
 from services.demo.page import write_page
-from services.demo.processes import ChildFailed, wait_until_ready
+from services.demo.processes import ChildFailed, wait_until_ready, wait_until_said
 from services.demo.run import Plan, Run
 from services.demo.servers import Servers, embedded, make_scarce, real
-from services.demo.shop import SERVICES, children, free_port, surroundings
+from services.demo.shop import RUNNING, SERVICES, children, free_port, surroundings
 from services.shared import database
 
 BUILD = Path("build")
@@ -55,6 +55,7 @@ def main() -> None:
         try:
             for child in processes:
                 child.start()
+            wait_until_said(RUNNING, processes[:-1])
             wait_until_ready(f"{plan.url}/ready", processes)
             run.load()
             run.settle()

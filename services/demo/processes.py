@@ -102,6 +102,18 @@ def wait_until_ready(url: str, children: Iterable[Child], timeout_s: float = 60.
         time.sleep(0.05)
 
 
+def wait_until_said(words: str, children: Iterable[Child], timeout_s: float = 60.0) -> None:
+    """Until each child has these words in its log. Raises ChildFailed when one ends first, TimeoutError when it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    waiting = list(children)
+    while waiting := [child for child in waiting if words.encode() not in child.log.read_bytes()]:
+        for child in waiting:
+            child.check()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{waiting[0].name} did not say {words!r} within {timeout_s:g} s")
+        time.sleep(0.05)
+
+
 class CpuMeter:
     """The CPU seconds of the demo's processes and of the servers that it uses, from its making on."""
 

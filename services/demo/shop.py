@@ -30,6 +30,10 @@ def free_port() -> int:
         return port
 
 
+RUNNING = "orderbus: running:"
+"""What `orderbus run` logs when its queues are bound. An order that is placed before would pass by those that are not."""
+
+
 def children(apart: bool, environment: Mapping[str, str], folder: Path) -> list[Child]:
     """A process for each service, or one for all of them; not yet started."""
     if not apart:
