@@ -10,6 +10,7 @@ from orderbus._core.event import Event
 from orderbus._core.policy import Park, Retry, RetryLater
 from orderbus._core.settings import Settings
 from orderbus._runtime.bus import Bus, new_id, run_until_signalled
+from orderbus._runtime.collecting import collect_rarely
 from orderbus._runtime.consumer import Middleware
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tx import Tx
@@ -51,6 +52,7 @@ __all__ = [
     "Tx",
     "UnavailableError",
     "UsageError",
+    "collect_rarely",
     "columns",
     "new_id",
     "run_until_signalled",

@@ -15,6 +15,7 @@ import msgspec
 import typer
 
 from orderbus._runtime.bus import Bus
+from orderbus._runtime.collecting import collect_rarely
 from orderbus._runtime.stats import DrainReceipt
 from orderbus.cli.describing import banner
 from orderbus.cli.exits import ExitCode, clear_errors
@@ -65,6 +66,7 @@ async def _run(buses: Sequence[Bus], quiet: bool) -> None:
                 for bus in buses:
                     await stack.enter_async_context(bus)
                 opened.set()
+                collect_rarely()
                 if not quiet:
                     error_console().print(banner(buses))
                 log.info("running: %s", ", ".join(bus.group for bus in buses))

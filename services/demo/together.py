@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 
 import anyio
 
+from orderbus import collect_rarely
 from services import aggregator, inventory, notification, orders_api, outbox_dispatcher, payment
 from services.orders_api.serve import serve
 from services.shared.logs import log_to_stderr, print_receipt
@@ -19,6 +20,7 @@ async def main() -> None:
     async with AsyncExitStack() as stack:
         for bus in BUSES:
             await stack.enter_async_context(bus)
+        collect_rarely()
         host, port = os.environ.get("ORDERS_API_HOST", "127.0.0.1"), int(os.environ.get("ORDERS_API_PORT", "8000"))
         await serve(orders_api.bus, host, port)
     for bus in BUSES:

@@ -6,6 +6,7 @@ import os
 
 import anyio
 
+from orderbus import collect_rarely
 from services.orders_api.serve import serve
 from services.orders_api.service import bus
 from services.shared.logs import log_to_stderr, print_receipt
@@ -14,6 +15,7 @@ from services.shared.logs import log_to_stderr, print_receipt
 async def main() -> None:
     """Open the bus, serve, drain."""
     async with bus:
+        collect_rarely()
         await serve(bus, os.environ.get("ORDERS_API_HOST", "127.0.0.1"), int(os.environ.get("ORDERS_API_PORT", "8000")))
     print_receipt(bus)
 

@@ -1,7 +1,7 @@
 """What the API needs of HTTP: bodies read under a cap and a time limit, answers written with the fewest steps.
 
 RSGI is granian's own interface (https://github.com/emmett-framework/granian/blob/master/docs/spec/RSGI.md). It has no limits
-of its own: `await protocol()` took a body of 30 MiB, so bodies are read chunk by chunk.
+of its own: `await protocol()` took a body of 30 MiB, so a body without a declared length is read chunk by chunk.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ async def read_body(scope: Any, protocol: Any, limits: Limits) -> bytes:
     size = 0
     try:
         async with asyncio.timeout(limits.body_seconds):
+            if declared is not None:
+                body: bytes = await protocol()  # hyper takes no more than was declared
+                return body
             async for chunk in protocol:
                 size += len(chunk)
                 if size > limits.body_bytes:

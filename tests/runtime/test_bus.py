@@ -1,5 +1,6 @@
 """What a bus offers beside handlers: transactions, ids, formats, signals, and the errors of its start."""
 
+import gc
 from datetime import datetime
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from orderbus import (
     TopologyError,
     UnavailableError,
     UsageError,
+    collect_rarely,
     new_id,
     run_until_signalled,
 )
@@ -212,3 +214,18 @@ async def test_many_events_of_which_one_reaches_nobody_say_so(world: World) -> N
             UnavailableError, match=r"2 of 4 events were not confirmed; the first: no queue is bound to 'orders.paid'"
         ):
             await bus.publish_many([Placed(order="a"), Paid(order="a"), Paid(order="b"), Noted()])
+
+
+def test_a_process_that_collects_rarely_still_finds_cycles() -> None:
+    before = gc.get_threshold()
+    try:
+        collect_rarely()
+        assert gc.get_freeze_count() > 0
+        assert gc.get_threshold()[0] == 20_000
+        circle: list[object] = []
+        circle.append(circle)
+        del circle
+        assert gc.collect() > 0
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
