@@ -7,16 +7,28 @@ from collections.abc import Iterator
 import aio_pika
 import msgspec
 
-from bench.child import Gate, Report, Tally, main, percentiles
+from bench.child import Gate, Metronome, Report, Tally, main, percentiles
 from bench.job import Job, Sample, samples
 from bench.wire import event_id, fill
 
 IN_FLIGHT = 1000
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Sample).decode
+
+
+def message_of(job: Job, sample: Sample) -> aio_pika.Message:
+    return aio_pika.Message(
+        encode(sample),
+        content_type="application/json",
+        headers={"ob-key": str(sample.order_id)},
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        message_id=event_id(sample.number),
+        type=job.topic,
+    )
 
 
 async def publish(job: Job, gate: Gate) -> None:
     """A thousand coroutines take the events in turn; each waits for its confirm, which a channel has unless told otherwise."""
-    encode = msgspec.json.Encoder().encode
     waiting = iter(list(samples(job)))
     latencies: list[float] = []
     connection = await aio_pika.connect_robust(job.broker_url)
@@ -25,16 +37,8 @@ async def publish(job: Job, gate: Gate) -> None:
 
     async def publish_each(waiting: Iterator[Sample]) -> None:
         for sample in waiting:
-            message = aio_pika.Message(
-                encode(sample),
-                content_type="application/json",
-                headers={"ob-key": str(sample.order_id)},
-                delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-                message_id=event_id(sample.number),
-                type=job.topic,
-            )
             began = time.perf_counter()
-            await exchange.publish(message, f"{job.topic}.00", mandatory=True)
+            await exchange.publish(message_of(job, sample), f"{job.topic}.00", mandatory=True)
             latencies.append(time.perf_counter() - began)
 
     began = gate.go()
@@ -47,7 +51,6 @@ async def publish(job: Job, gate: Gate) -> None:
 
 async def consume(job: Job, gate: Gate) -> None:
     """A callback, started as a task for each delivery, as many at a time as the prefetch lets through."""
-    decode = msgspec.json.Decoder(Sample).decode
     connection = await aio_pika.connect_robust(job.broker_url)
     async with connection:
         channel = await connection.channel()
@@ -76,5 +79,32 @@ async def consume(job: Job, gate: Gate) -> None:
     gate.done(tally.report(gate))
 
 
+async def latency(job: Job, gate: Gate) -> None:
+    """A connection to publish and one to consume."""
+    publishing = await aio_pika.connect_robust(job.broker_url)
+    consuming = await aio_pika.connect_robust(job.broker_url)
+    metronome = Metronome(job)
+
+    async def handle(sample: Sample) -> None:
+        metronome.handled(sample.number)
+
+    async def on_message(message: aio_pika.abc.AbstractIncomingMessage) -> None:
+        async with message.process(requeue=True):
+            await handle(decode(message.body))
+
+    async with publishing, consuming:
+        exchange = await (await publishing.channel(on_return_raises=True)).get_exchange("ob.events")
+        channel = await consuming.channel()
+        await channel.set_qos(prefetch_count=job.prefetch)
+        queue = await channel.get_queue(job.queue)
+        tag = await queue.consume(on_message)
+        report = await metronome.run(
+            gate, lambda sample: exchange.publish(message_of(job, sample), f"{job.topic}.00", mandatory=True)
+        )
+        await queue.cancel(tag)
+        await channel.close()
+    gate.done(report)
+
+
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume})
+    main({"publish": publish, "consume": consume, "latency": latency})

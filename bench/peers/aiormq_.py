@@ -6,19 +6,34 @@ from collections.abc import Iterator
 
 import aiormq
 import msgspec
-from aiormq.abc import DeliveredMessage
+from aiormq.abc import AbstractChannel, DeliveredMessage
 
-from bench.child import Gate, Report, Tally, main, percentiles
+from bench.child import Gate, Metronome, Report, Tally, main, percentiles
 from bench.job import Job, Sample, samples
 from bench.wire import event_id, fill
 
 IN_FLIGHT = 1000
 ACK_EVERY = 50
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Sample).decode
+
+
+async def send(channel: AbstractChannel, job: Job, sample: Sample) -> None:
+    """Publish, and wait for the confirm."""
+    properties = aiormq.spec.Basic.Properties(
+        content_type="application/json",
+        headers={"ob-key": str(sample.order_id)},
+        delivery_mode=2,
+        message_id=event_id(sample.number),
+        message_type=job.topic,
+    )
+    await channel.basic_publish(
+        encode(sample), exchange="ob.events", routing_key=f"{job.topic}.00", properties=properties, mandatory=True, wait=False
+    )
 
 
 async def publish(job: Job, gate: Gate) -> None:
     """A thousand coroutines take the events in turn, each waits for its confirm: no task per message, no waiting for a batch."""
-    encode = msgspec.json.Encoder().encode
     waiting = iter(list(samples(job)))
     latencies: list[float] = []
     connection = await aiormq.connect(job.broker_url)
@@ -26,22 +41,8 @@ async def publish(job: Job, gate: Gate) -> None:
 
     async def publish_each(waiting: Iterator[Sample]) -> None:
         for sample in waiting:
-            properties = aiormq.spec.Basic.Properties(
-                content_type="application/json",
-                headers={"ob-key": str(sample.order_id)},
-                delivery_mode=2,
-                message_id=event_id(sample.number),
-                message_type=job.topic,
-            )
             began = time.perf_counter()
-            await channel.basic_publish(
-                encode(sample),
-                exchange="ob.events",
-                routing_key=f"{job.topic}.00",
-                properties=properties,
-                mandatory=True,
-                wait=False,
-            )
+            await send(channel, job, sample)
             latencies.append(time.perf_counter() - began)
 
     began = gate.go()
@@ -54,7 +55,6 @@ async def publish(job: Job, gate: Gate) -> None:
 
 async def consume(job: Job, gate: Gate) -> None:
     """aiormq starts its callback as a task for each delivery; a hundred of them are acknowledged at once, or after 5 ms."""
-    decode = msgspec.json.Decoder(Sample).decode
     connection = await aiormq.connect(job.broker_url)
     channel = await connection.channel()
     await channel.queue_declare(job.queue, durable=True, arguments={"x-queue-type": "quorum"})
@@ -101,5 +101,27 @@ async def consume(job: Job, gate: Gate) -> None:
     gate.done(tally.report(gate))
 
 
+async def latency(job: Job, gate: Gate) -> None:
+    """A connection to publish and one to consume; each message is acknowledged by itself."""
+    publishing, consuming = await aiormq.connect(job.broker_url), await aiormq.connect(job.broker_url)
+    out, into = await publishing.channel(), await consuming.channel()
+    metronome = Metronome(job)
+
+    async def handle(sample: Sample) -> None:
+        metronome.handled(sample.number)
+
+    async def on_message(message: DeliveredMessage) -> None:
+        await handle(decode(message.body))
+        await into.basic_ack(message.delivery_tag, wait=False)
+
+    await into.basic_qos(prefetch_count=job.prefetch)
+    await into.basic_consume(job.queue, on_message)
+    report = await metronome.run(gate, lambda sample: send(out, job, sample))
+    await into.close()
+    await consuming.close()
+    await publishing.close()
+    gate.done(report)
+
+
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume})
+    main({"publish": publish, "consume": consume, "latency": latency})

@@ -12,11 +12,12 @@ import msgspec
 from faststream import AckPolicy
 from faststream.rabbit import Channel, ExchangeType, QueueType, RabbitBroker, RabbitExchange, RabbitMessage, RabbitQueue
 
-from bench.child import Gate, Report, Tally, main, percentiles
+from bench.child import Gate, Metronome, Report, Tally, main, percentiles
 from bench.job import Job, Sample, samples
 from bench.wire import event_id, fill
 
 IN_FLIGHT = 1000
+EVENTS = RabbitExchange("ob.events", ExchangeType.TOPIC, declare=False)
 
 
 class SampleCodec:
@@ -39,26 +40,30 @@ def broker_for(job: Job) -> RabbitBroker:
     return RabbitBroker(job.broker_url, default_channel=channel, codec=SampleCodec(), apply_types=False, logger=None)
 
 
+async def send(broker: RabbitBroker, job: Job, sample: Sample) -> None:
+    """Publish, and wait for the confirm."""
+    await broker.publish(
+        sample,
+        exchange=EVENTS,
+        routing_key=f"{job.topic}.00",
+        persist=True,
+        headers={"ob-key": str(sample.order_id)},
+        message_id=event_id(sample.number),
+        message_type=job.topic,
+    )
+
+
 async def publish(job: Job, gate: Gate) -> None:
     """A thousand coroutines take the events in turn; each waits for its confirm."""
     waiting = iter(list(samples(job)))
     latencies: list[float] = []
     broker = broker_for(job)
-    exchange = RabbitExchange("ob.events", ExchangeType.TOPIC, declare=False)
     await broker.start()
 
     async def publish_each(waiting: Iterator[Sample]) -> None:
         for sample in waiting:
             began = time.perf_counter()
-            await broker.publish(
-                sample,
-                exchange=exchange,
-                routing_key=f"{job.topic}.00",
-                persist=True,
-                headers={"ob-key": str(sample.order_id)},
-                message_id=event_id(sample.number),
-                message_type=job.topic,
-            )
+            await send(broker, job, sample)
             latencies.append(time.perf_counter() - began)
 
     began = gate.go()
@@ -90,5 +95,20 @@ async def consume(job: Job, gate: Gate) -> None:
     gate.done(tally.report(gate))
 
 
+async def latency(job: Job, gate: Gate) -> None:
+    """One broker publishes and consumes, which is FastStream's way: one connection, one channel."""
+    broker = broker_for(job)
+    metronome = Metronome(job)
+
+    @broker.subscriber(RabbitQueue(job.queue, queue_type=QueueType.QUORUM, durable=True), ack_policy=AckPolicy.NACK_ON_ERROR)
+    async def handle(sample: Sample) -> None:
+        metronome.handled(sample.number)
+
+    await broker.start()
+    report = await metronome.run(gate, lambda sample: send(broker, job, sample))
+    await broker.stop()
+    gate.done(report)
+
+
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume})
+    main({"publish": publish, "consume": consume, "latency": latency})

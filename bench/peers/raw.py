@@ -6,7 +6,7 @@ import time
 
 import msgspec
 
-from bench.child import Gate, Report, Tally, main, percentiles
+from bench.child import Gate, Metronome, Report, Tally, main, percentiles
 from bench.job import Job, Sample, samples
 from bench.wire import BATCH, Envelope, Wire, event_id, fill
 
@@ -63,5 +63,31 @@ def consume(job: Job, gate: Gate) -> None:
     gate.done(tally.report(gate))
 
 
+def latency(job: Job, gate: Gate) -> None:
+    """Write, wait for the message, wait for the confirm: what the broker and two sockets take."""
+    encode, decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Sample).decode
+    envelope = Envelope("ob.events", f"{job.topic}.00", job.topic)
+    latencies: list[float] = []
+    with Wire(job.broker_url) as out, Wire(job.broker_url) as into:
+        out.confirms()
+        into.consume(job.queue, job.prefetch)
+        confirmed = 0
+        for sample in samples(job):
+            if sample.number == min(Metronome.WARM_UP, job.count // 2):
+                gate.go()
+                latencies.clear()
+            began = time.perf_counter()
+            out.publish([envelope.frames(event_id(sample.number), str(sample.order_id), encode(sample))])
+            tag, (body,) = into.deliveries()
+            handled = decode(body)
+            latencies.append(time.perf_counter() - began)
+            assert handled.number == sample.number
+            into.ack(tag)
+            confirmed = out.confirmed_up_to(sample.number + 1, confirmed)
+            time.sleep(job.options.get("gap_ms", 0) / 1000)
+    p50, p99 = percentiles(latencies)
+    gate.done(Report(sum(latencies), len(latencies), p50_ms=p50, p99_ms=p99))
+
+
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume})
+    main({"publish": publish, "consume": consume, "latency": latency})
