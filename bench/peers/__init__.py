@@ -15,6 +15,9 @@ class Peer(msgspec.Struct, frozen=True):
 
 PEERS = {
     "orderbus": Peer("orderbus", ("orderbus", "aiormq", "msgspec"), "orderbus on asyncio (uvloop)"),
+    "orderbus-group-commit": Peer(
+        "orderbus", ("orderbus", "psycopg"), "orderbus on asyncio (uvloop), writing through bus.group_commit"
+    ),
     "orderbus-asyncio": Peer("orderbus_asyncio", ("orderbus",), "orderbus on asyncio's own loop"),
     "orderbus-trio": Peer("orderbus_trio", ("orderbus", "trio"), "orderbus on trio"),
     "raw": Peer("raw", ("pamqp",), "the practical limit: a blocking socket and hand-made frames, no framework"),
@@ -24,6 +27,10 @@ PEERS = {
     "celery": Peer("celery_", ("celery",), "Celery"),
     "taskiq": Peer("taskiq_", ("taskiq", "taskiq-aio-pika"), "taskiq with its aio-pika broker"),
     "dramatiq": Peer("dramatiq_", ("dramatiq",), "dramatiq on RabbitMQ"),
-    "faststream-outbox": Peer("faststream_outbox_", ("faststream-outbox",), "FastStream's outbox"),
-    "by-hand": Peer("by_hand", ("faststream", "psycopg"), "FastStream and psycopg by hand, as a good engineer writes it"),
+    "faststream-outbox": Peer(
+        "faststream_outbox_", ("faststream-outbox", "faststream", "SQLAlchemy", "asyncpg"), "FastStream's outbox"
+    ),
+    "by-hand": Peer(
+        "by_hand", ("faststream", "psycopg", "psycopg-pool"), "FastStream and psycopg by hand, as a good engineer writes it"
+    ),
 }
