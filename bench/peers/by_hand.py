@@ -1,5 +1,6 @@
 """The same guarantees by hand, as a good engineer writes them: FastStream takes and sends the messages, psycopg 3 does the rest.
 
+FastStream runs as in bench/peers/faststream_.py: a msgspec codec, no dependency injection, no logging.
 Nothing here is batched: one message, one transaction, one publish. What could be saved without that is saved.
 """
 
@@ -10,7 +11,6 @@ import time
 from uuid import UUID, uuid4
 
 import msgspec
-from fast_depends.msgspec import MsgSpecSerializer
 from faststream import AckPolicy
 from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitMessage, RabbitQueue
 from psycopg_pool import AsyncConnectionPool
@@ -21,12 +21,34 @@ from bench.job import Job, Sample, samples
 from bench.wire import fill
 
 
+class Delivered(msgspec.Struct):
+    """A message and its id, by which the inbox knows it."""
+
+    event_id: UUID
+    sample: Sample
+
+
+class Codec:
+    """JSON by msgspec, both ways."""
+
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(Sample).decode
+        self._encode = msgspec.json.Encoder().encode
+
+    async def decode(self, message: RabbitMessage) -> Delivered:
+        return Delivered(UUID(message.message_id), self._decode(message.body))
+
+    async def encode(self, sample: Sample, serializer: object = None) -> tuple[bytes, str]:
+        return self._encode(sample), "application/json"
+
+
 async def effect(job: Job, gate: Gate) -> None:
     """Inbox row and effect are one statement, and so one transaction in one round trip; then the event, confirmed; then the ack.
 
     The event is published for a duplicate, too: the process may have died between its commit and its publish.
     """
-    broker = RabbitBroker(job.broker_url, default_channel=Channel(), serializer=MsgSpecSerializer(), logger=None)
+    channel = Channel(prefetch_count=job.prefetch, on_return_raises=True)
+    broker = RabbitBroker(job.broker_url, default_channel=channel, codec=Codec(), apply_types=False, logger=None)
     pool = AsyncConnectionPool(
         job.database_url, min_size=CONNECTIONS, max_size=CONNECTIONS, open=False, kwargs={"autocommit": True}
     )
@@ -38,24 +60,12 @@ with first_time as (insert into {job.topic}_inbox (event_id) values (%s) on conf
 insert into {job.topic}_effect (number, order_id, customer_id, total_cents, note)
 select %s, %s, %s, %s, %s from first_time"""
 
-    @broker.subscriber(
-        RabbitQueue(job.queue, queue_type=QueueType.QUORUM),
-        channel=Channel(prefetch_count=job.prefetch),
-        ack_policy=AckPolicy.NACK_ON_ERROR,
-    )
-    async def handle(sample: Sample, message: RabbitMessage) -> None:
+    @broker.subscriber(RabbitQueue(job.queue, queue_type=QueueType.QUORUM), ack_policy=AckPolicy.NACK_ON_ERROR)
+    async def handle(delivered: Delivered) -> None:
+        sample = delivered.sample
+        row = (delivered.event_id, sample.number, sample.order_id, sample.customer_id, sample.total_cents, sample.note)
         async with pool.connection() as connection:
-            await connection.execute(
-                once,
-                (
-                    UUID(message.message_id),
-                    sample.number,
-                    sample.order_id,
-                    sample.customer_id,
-                    sample.total_cents,
-                    sample.note,
-                ),
-            )
+            await connection.execute(once, row)
         await done.publish(sample)
         tally.saw(sample.number)
 

@@ -68,7 +68,7 @@ async def relay(job: Job, gate: Gate) -> None:
     table = await _outbox_table(job, engine, MetaData())
     async with engine.begin() as connection:
         await connection.execute(text(waiting_in_faststream_outbox(job, range(job.count))))
-    rabbit = RabbitBroker(job.broker_url, logger=None)
+    rabbit = RabbitBroker(job.broker_url, default_channel=Channel(on_return_raises=True), apply_types=False, logger=None)
     gone = Gone(job.count)
     outbox = _relay(job, engine, table, rabbit, job.queue, gone)
     await rabbit.start()
@@ -87,21 +87,18 @@ async def effect(job: Job, gate: Gate) -> None:
     engine, metadata = _engine(job, CONNECTIONS + WORKERS + 1), MetaData()
     table = await _outbox_table(job, engine, metadata)
     effects, inbox = _rows(f"{job.topic}_effect", metadata), Table(f"{job.topic}_inbox", metadata, Column("event_id", Uuid))
-    rabbit = RabbitBroker(job.broker_url, serializer=MsgSpecSerializer(), logger=None)
+    first_time = insert_or_not(inbox).on_conflict_do_nothing().returning(inbox.c.event_id)
+    channel = Channel(prefetch_count=job.prefetch, on_return_raises=True)
+    rabbit = RabbitBroker(job.broker_url, default_channel=channel, codec=Codec(), apply_types=False, logger=None)
     gone = Gone(job.count)
     outbox = _relay(job, engine, table, rabbit, f"{job.queue}.done", gone)
 
-    @rabbit.subscriber(
-        RabbitQueue(job.queue, queue_type=QueueType.QUORUM),
-        channel=Channel(prefetch_count=job.prefetch),
-        ack_policy=AckPolicy.NACK_ON_ERROR,
-    )
-    async def handle(sample: Sample, message: RabbitMessage) -> None:
+    @rabbit.subscriber(RabbitQueue(job.queue, queue_type=QueueType.QUORUM), ack_policy=AckPolicy.NACK_ON_ERROR)
+    async def handle(delivered: Delivered) -> None:
         async with places, engine.begin() as connection:
-            first_time = insert_or_not(inbox).on_conflict_do_nothing().returning(inbox.c.event_id)
-            if (await connection.execute(first_time, {"event_id": UUID(message.message_id)})).first() is not None:
-                await connection.execute(insert(effects), msgspec.structs.asdict(sample))
-                await outbox.publish(sample, queue=job.topic, session=connection)
+            if (await connection.execute(first_time, {"event_id": delivered.event_id})).first() is not None:
+                await connection.execute(insert(effects), msgspec.structs.asdict(delivered.sample))
+                await outbox.publish(delivered.sample, queue=job.topic, session=connection)
 
     places = asyncio.Semaphore(CONNECTIONS)
     await rabbit.connect()
@@ -122,7 +119,7 @@ async def backlog(job: Job, gate: Gate) -> None:
     """The first rows of many; see bench/workloads/backlog.py. The commit notifies, as the library's own publish does."""
     engine = _engine(job, WORKERS + 2)
     table = await _outbox_table(job, engine, MetaData())
-    rabbit = RabbitBroker(job.broker_url, logger=None)
+    rabbit = RabbitBroker(job.broker_url, default_channel=Channel(on_return_raises=True), apply_types=False, logger=None)
     gone = Gone(job.count)
     outbox = _relay(job, engine, table, rabbit, job.queue, gone)
     await rabbit.start()
@@ -136,6 +133,26 @@ async def backlog(job: Job, gate: Gate) -> None:
     await outbox.stop()
     await rabbit.stop()
     await engine.dispose()
+
+
+class Delivered(msgspec.Struct):
+    """A message and its id, by which the inbox knows it."""
+
+    event_id: UUID
+    sample: Sample
+
+
+class Codec:
+    """JSON by msgspec for what is consumed; what the relay publishes is encoded already."""
+
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(Sample).decode
+
+    async def decode(self, message: RabbitMessage) -> Delivered:
+        return Delivered(UUID(message.message_id), self._decode(message.body))
+
+    async def encode(self, body: bytes, serializer: object = None) -> tuple[bytes, str]:
+        return body, "application/json"
 
 
 class Gone:
