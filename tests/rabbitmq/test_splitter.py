@@ -13,7 +13,7 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from orderbus.adapters.rabbitmq.content import ConnectionSink, DeliverySink
+from orderbus.adapters.rabbitmq.content import PLACES_KEPT, ConnectionSink, DeliverySink
 from orderbus.adapters.rabbitmq.fields import decode_properties
 from orderbus.adapters.rabbitmq.frames import BASIC_DELIVER, CHANNEL_CLOSE, HEARTBEAT_FRAME, FrameError, FrameSplitter
 from orderbus.adapters.rabbitmq.transport import SplitProtocol
@@ -165,6 +165,14 @@ def test_a_body_beyond_the_cap_is_dropped_alone() -> None:
     with pytest.raises(MessageError, match="5 bytes"):
         _ = large.properties
     assert (small.body, small.properties.message_id) == (b"1234", "id-2")
+
+
+def test_of_ever_new_routing_keys_few_are_remembered() -> None:
+    received = Received()
+    for tag in range(3 * PLACES_KEPT):
+        received.feed(delivery(tag + 1))
+        assert len(received.sink._places) <= PLACES_KEPT
+    assert [d.routing_key for d in received.sink.arrived] == [f"key.{tag + 1}" for tag in range(3 * PLACES_KEPT)]
 
 
 def test_a_routing_key_that_is_not_utf8_is_shown_escaped() -> None:
