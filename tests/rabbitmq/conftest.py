@@ -53,10 +53,18 @@ async def broker(vhost_url: str) -> AsyncIterator[RabbitBroker]:
 
 
 @pytest.fixture
-async def place(broker: RabbitBroker) -> Place:
+async def place(broker: RabbitBroker) -> AsyncIterator[Place]:
     place = Place()
     await broker.apply(place.topology())
-    return place
+    yield place
+    # A quorum queue holds three files open, and a node that has no more to open accepts no connection.
+    await delete_queue(broker, place.queue)
+
+
+async def delete_queue(broker: RabbitBroker, queue: str) -> None:
+    channel = await (await broker._consuming_connection()).open_plain_channel()
+    await channel.queue_delete(queue)
+    await channel.close()
 
 
 @pytest.fixture(scope="session")

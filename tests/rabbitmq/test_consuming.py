@@ -10,9 +10,10 @@ import pytest
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.topology import Queue, Topology
 from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
+from orderbus.adapters.rabbitmq.frames import ack
 from orderbus.adapters.rabbitmq.subscription import Subscription
 from orderbus.errors import InvariantError, UnavailableError, UsageError
-from tests.rabbitmq.conftest import Place, have_closed
+from tests.rabbitmq.conftest import Place, delete_queue, have_closed
 from tests.servers import Rabbit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -295,12 +296,6 @@ async def test_a_queue_deleted_under_a_consumer_is_heard_of(broker: RabbitBroker
         assert len(await take_all_settling(subscription, 1)) == 1
 
 
-async def delete_queue(broker: RabbitBroker, queue: str) -> None:
-    channel = await (await broker._consuming_connection()).open_plain_channel()
-    await channel.queue_delete(queue)
-    await channel.close()
-
-
 async def test_a_connection_closed_by_the_operator_ends_the_subscription(
     broker: RabbitBroker, place: Place, rabbit: Rabbit, vhost_url: str
 ) -> None:
@@ -317,6 +312,57 @@ async def test_a_connection_closed_by_the_operator_ends_the_subscription(
         subscription.settle(first, ACK)  # its epoch is over: sent, it would ack another message
         again = await take_all_settling(subscription, 3)
     assert numbers(again) == [0, 1, 2]
+
+
+async def test_a_channel_closed_by_the_broker_ends_its_subscription_and_no_other(broker: RabbitBroker, place: Place) -> None:
+    neighbours = Place()
+    await broker.apply(neighbours.topology())
+    await fill(broker, place.queue, 3)
+    async with (
+        broker.subscribe(neighbours.queue, prefetch=1) as neighbour,
+        broker.subscribe(place.queue, prefetch=3) as subscription,
+    ):
+        first, *_ = await take(subscription, 3)
+        connection, life = subscription._connection, subscription._life
+        assert life is not None
+        connection.write(ack(life.channel.number, 4))  # a tag that was never delivered
+        with pytest.raises(UnavailableError, match=f"{place.queue}.*PRECONDITION_FAILED - unknown delivery tag 4"):
+            await subscription.receive()
+        subscription.settle(first, ACK)  # written to a channel that is closed, it would end the connection
+        with pytest.raises(UnavailableError, match="unknown delivery tag"):
+            await subscription.flush()
+        await fill(broker, neighbours.queue, 2)
+        assert numbers(await take_all_settling(neighbour, 2)) == [0, 1]
+        await neighbour.flush()
+    async with broker.subscribe(place.queue, prefetch=3) as subscription:
+        assert subscription._connection is connection
+        assert sorted(numbers(await take_all_settling(subscription, 3))) == [0, 1, 2]
+    assert connection.lost is None
+
+
+async def test_a_queue_that_goes_while_its_deliveries_stream_in_takes_no_other_consumer_with_it(
+    broker: RabbitBroker, place: Place
+) -> None:
+    neighbours = Place()
+    await broker.apply(neighbours.topology())
+    await fill(broker, place.queue, 2000)
+    async with (
+        broker.subscribe(neighbours.queue, prefetch=1) as neighbour,
+        broker.subscribe(place.queue, prefetch=100) as subscription,
+    ):
+        seen = await take_all_settling(subscription, 200)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(delete_queue, broker, place.queue)
+            with pytest.raises(UnavailableError, match=f"{place.queue}.*cancelled"):
+                await take_on_and_on(subscription, seen)
+        assert numbers(seen) == list(range(len(seen)))
+        await fill(broker, neighbours.queue, 1)
+        assert numbers(await take_all_settling(neighbour, 1)) == [0]
+
+
+async def take_on_and_on(subscription: Subscription, taken: list[Incoming]) -> None:
+    while True:
+        taken += await take_all_settling(subscription, 1)
 
 
 async def test_a_refused_prefetch(broker: RabbitBroker, place: Place) -> None:

@@ -19,6 +19,7 @@ from orderbus._core.message import Outgoing, Receipt, Settlement
 from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
 from orderbus.errors import UnavailableError
 from tests.rabbitmq.conftest import Place
+from tests.rabbitmq.test_liveness import Heartbeats, connections, impatient_broker
 from tests.servers import Missing, Rabbit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -63,6 +64,32 @@ async def test_publishing_waits_while_the_broker_is_blocked_and_consuming_does_n
                 assert connection._transport.writer.transport.get_write_buffer_size() == 0  # what waits is not in the buffer
                 await ctl(private_rabbit, "set_vm_memory_high_watermark", "0.4")
         assert receipts == [Receipt.CONFIRMED] * 3001
+
+
+async def test_a_connection_that_is_blocked_for_long_stays(private_rabbit: Rabbit) -> None:
+    place = Place()
+    async with impatient_broker(private_rabbit.url) as broker:
+        await broker.apply(place.topology())
+        assert await broker.publish([message(place)]) == [Receipt.CONFIRMED]
+        publishing, _ = before = connections(broker)
+        await ctl(private_rabbit, "set_vm_memory_high_watermark", "0.000001")
+        with anyio.fail_after(120):
+            async with anyio.create_task_group() as tasks:
+                receipts: list[Receipt] = []
+
+                async def publish() -> None:
+                    # The broker says "blocked" only to a connection that publishes; so the first of these is under way.
+                    receipts.extend(await broker.publish([message(place)]))
+                    receipts.extend(await broker.publish([message(place)] * 10))
+
+                tasks.start_soon(publish)
+                while publishing.blocked is None:
+                    await publishing._changed.wait()
+                await Heartbeats(publishing).for_long()
+                assert len(receipts) <= 1
+                await ctl(private_rabbit, "set_vm_memory_high_watermark", "0.4")
+        assert receipts == [Receipt.CONFIRMED] * 11
+        assert connections(broker) == before
 
 
 @pytest.mark.crash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from typing import Any
 
@@ -99,6 +100,61 @@ async def test_an_empty_batch_has_no_receipts(broker: RabbitBroker) -> None:
 async def test_an_exchange_that_does_not_exist_is_unroutable_and_the_next_call_works(broker: RabbitBroker, place: Place) -> None:
     assert await broker.publish([Outgoing("missing", "k", b"", "m", "t")]) == [Receipt.UNROUTABLE]
     assert await broker.publish([message(place)]) == [Receipt.CONFIRMED]
+
+
+async def test_an_exchange_that_does_not_exist_in_the_middle_of_a_batch_makes_nobody_s_receipt_untrue(
+    broker: RabbitBroker, place: Place
+) -> None:
+    missing = Outgoing("missing", "k", b"", "m", "t")
+    batch = [*(message(place, b"%d" % number) for number in range(50)), missing, *(message(place, b"late") for _ in range(50))]
+    receipts = await broker.publish(batch)
+    assert receipts[50] is Receipt.UNROUTABLE
+    assert set(receipts[:50]) <= {Receipt.CONFIRMED, Receipt.UNKNOWN}
+    assert receipts[51:] == [Receipt.UNKNOWN] * 50  # the channel was closed before the broker came to them
+    assert await broker.publish([message(place, b"next")]) == [Receipt.CONFIRMED]
+    assert await bodies(broker, place.queue, 51) == [b"%d" % number for number in range(50)] + [b"next"]
+
+
+async def test_returned_bodies_of_any_size_confuse_no_receipt(broker: RabbitBroker, place: Place) -> None:
+    sizes = [0, 300_000, 1, 131_064, 131_065, 0, 262_128]
+    batch = [
+        message(place, b"x" * size, key=key, message_id="same")
+        for size in sizes
+        for key in (Place.nowhere, Place.key, Place.nowhere)
+    ]
+    receipts = await broker.publish(batch)
+    assert receipts == [Receipt.UNROUTABLE, Receipt.CONFIRMED, Receipt.UNROUTABLE] * len(sizes)
+    assert [len(body) for body in await bodies(broker, place.queue, len(sizes))] == sizes
+
+
+async def test_what_was_confirmed_before_the_operator_closed_the_connection_is_in_the_queue(
+    broker: RabbitBroker, place: Place, rabbit: Rabbit, vhost_url: str
+) -> None:
+    await broker.publish([message(place, b"first")])
+    confirmed: set[bytes] = {b"first"}
+
+    async def publish_until_it_is_closed() -> None:
+        for number in itertools.count():
+            batch = [message(place, b"%d.%d" % (number, index)) for index in range(200)]
+            receipts = await broker.publish(batch)
+            assert set(receipts) <= {Receipt.CONFIRMED, Receipt.UNKNOWN}
+            confirmed.update(sent.body for sent, receipt in zip(batch, receipts, strict=True) if receipt is Receipt.CONFIRMED)
+            if Receipt.UNKNOWN in receipts or closed.is_set():
+                return
+
+    closed = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(publish_until_it_is_closed)
+        await have_closed(rabbit, vhost_url, "(publish)")
+        closed.set()
+    assert await broker.publish([message(place, b"last")]) in ([Receipt.CONFIRMED], [Receipt.UNKNOWN])
+    found: set[bytes] = set()
+    async with broker.subscribe(place.queue, prefetch=500) as subscription:
+        with anyio.fail_after(60):
+            while not confirmed <= found:
+                for delivery in await subscription.receive():
+                    found.add(delivery.body)
+                    subscription.settle(delivery, Settlement.ACK)
 
 
 async def test_a_connection_closed_by_the_operator_is_replaced(
