@@ -38,7 +38,7 @@ from tests.rabbitmq.hostile import (
 BOMB_EVERY = 500
 """So many cases are one stream each; the next is all bombs."""
 BOMB_BYTES = 64 * 1024
-BOMB_CHANNELS = 500
+BOMB_CHANNELS = 2_000
 SLACK_BYTES = 64 * 1024
 MEMORY_PER_BYTE = 128
 """While an array of 16,000 values of one byte is encoded again, Python needs 90 for each; and no table is longer."""

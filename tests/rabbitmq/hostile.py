@@ -366,7 +366,7 @@ def _of_many_channels(random: Random, channels: range) -> Iterator[Bomb]:
     yield Bomb("headers without a body", headers, 8)
     halves = on_each(lambda channel: deliver(channel, 1) + header(channel, 1 << 20) + frame(BODY, channel, noise))
     yield Bomb("half bodies", halves, 6)
-    yield Bomb("channels that close", on_each(lambda channel: _close(channel, CHANNEL_CLOSE) * 3), 0)
+    yield Bomb("channels that close", on_each(lambda channel: _close(channel, CHANNEL_CLOSE) * 3), 2)  # the reason of each
 
 
 def _of_one_channel(random: Random, size: int) -> Iterator[Bomb]:
