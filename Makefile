@@ -7,6 +7,7 @@ RATE ?= 1500
 SECONDS ?= 20
 KILL ?=
 SEED ?=
+BYTES ?= 10000000
 
 .DEFAULT_GOAL := help
 
@@ -42,6 +43,10 @@ $(VENV)/.bench-ready: $(VENV)/.ready pyproject.toml
 
 .PHONY: bench-setup
 bench-setup: $(VENV)/.bench-ready ## Install the peers that the bench compares with
+
+.PHONY: fuzz
+fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
+	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: check
 check: setup ## ruff, mypy, import-linter
