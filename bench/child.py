@@ -104,6 +104,23 @@ class OrderTally(Tally):
         return report
 
 
+class PassingFailure(RuntimeError):
+    """What the retry workload's handlers raise."""
+
+
+class Fault:
+    """Fails the first try of every tenth message."""
+
+    def __init__(self, count: int) -> None:
+        self._tried = bytearray(count)
+
+    def strike(self, number: int) -> None:
+        """Raises PassingFailure, once for each of those numbers."""
+        if number % 10 == 9 and not self._tried[number]:
+            self._tried[number] = 1
+            raise PassingFailure(number)
+
+
 class Metronome:
     """Sends one message at a time: the next when the one before it is handled and the job's `gap_ms` have passed.
 

@@ -4,6 +4,7 @@ For tasks as small as these solo is the fastest pool: one process reads, runs an
 processes or threads.
 """
 
+import logging
 import os
 import signal
 
@@ -12,7 +13,7 @@ from celery import Celery, signals
 from kombu.serialization import dumps
 from pamqp import commands
 
-from bench.child import Gate, Tally, main
+from bench.child import Fault, Gate, PassingFailure, Tally, main
 from bench.job import Job, Sample
 from bench.wire import Wire, event_id, fill, message
 
@@ -71,13 +72,22 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def consume(job: Job, gate: Gate) -> None:
+def retry(job: Job, gate: Gate) -> None:
+    """`autoretry_for` without a delay: the task is published again, confirmed, and then acknowledged."""
+    logging.disable()
+    consume(job, gate, Fault(job.count))
+
+
+def consume(job: Job, gate: Gate, fault: Fault | None = None) -> None:
     app = app_for(job)
     tally = Tally(job.count, stop)
 
-    @app.task(name="handle")
+    @app.task(name="handle", autoretry_for=(PassingFailure,), default_retry_delay=0)
     def handle(sample: dict[str, object]) -> None:
-        tally.saw(msgspec.convert(sample, Sample).number)
+        number = msgspec.convert(sample, Sample).number
+        if fault:
+            fault.strike(number)
+        tally.saw(number)
 
     fill_with_tasks(job, app, "handle")
     work(app, gate)
@@ -85,4 +95,4 @@ def consume(job: Job, gate: Gate) -> None:
 
 
 if __name__ == "__main__":
-    main({"consume": consume})
+    main({"consume": consume, "retry": retry})

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 from faststream import AckPolicy
 from faststream.rabbit import Channel, ExchangeType, QueueType, RabbitBroker, RabbitExchange, RabbitMessage, RabbitQueue
 
-from bench.child import Gate, Metronome, Report, Tally, main, percentiles
+from bench.child import Fault, Gate, Metronome, Report, Tally, main, percentiles
 from bench.job import Job, Sample, samples
 from bench.wire import event_id, fill
 
@@ -74,7 +75,7 @@ async def publish(job: Job, gate: Gate) -> None:
     gate.done(Report(seconds, job.count, p50_ms=p50, p99_ms=p99))
 
 
-async def consume(job: Job, gate: Gate) -> None:
+async def consume(job: Job, gate: Gate, fault: Fault | None = None) -> None:
     """A subscriber, run for as many messages at a time as the prefetch lets through."""
     broker = broker_for(job)
     queue = RabbitQueue(job.queue, queue_type=QueueType.QUORUM, durable=True)
@@ -83,6 +84,8 @@ async def consume(job: Job, gate: Gate) -> None:
 
     @broker.subscriber(queue, ack_policy=AckPolicy.NACK_ON_ERROR)
     async def handle(sample: Sample) -> None:
+        if fault:
+            fault.strike(sample.number)
         tally.saw(sample.number)
 
     await broker.connect()
@@ -93,6 +96,12 @@ async def consume(job: Job, gate: Gate) -> None:
     await all_seen.wait()
     await broker.stop()
     gate.done(tally.report(gate))
+
+
+async def retry(job: Job, gate: Gate) -> None:
+    """A failed message goes back to the queue, which delivers it again: `NACK_ON_ERROR`."""
+    logging.disable()
+    await consume(job, gate, Fault(job.count))
 
 
 async def latency(job: Job, gate: Gate) -> None:
@@ -111,4 +120,4 @@ async def latency(job: Job, gate: Gate) -> None:
 
 
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume, "latency": latency})
+    main({"publish": publish, "consume": consume, "latency": latency, "retry": retry})

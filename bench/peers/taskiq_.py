@@ -4,16 +4,17 @@ The worker is the `Receiver` that `taskiq worker` runs in each of its processes,
 """
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 from pamqp import commands
-from taskiq import TaskiqMessage
+from taskiq import SimpleRetryMiddleware, TaskiqMessage
 from taskiq.receiver import Receiver
 from taskiq.serializers import ORJSONSerializer
 from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
 
-from bench.child import Gate, Tally, main
+from bench.child import Fault, Gate, Tally, main
 from bench.job import Job, Sample
 from bench.wire import event_id, fill, message
 
@@ -60,14 +61,27 @@ async def work(broker: AioPikaBroker, all_seen: asyncio.Event) -> None:
     await broker.shutdown()
 
 
+async def retry(job: Job, gate: Gate) -> None:
+    """The retry middleware publishes the task again, confirmed; then it is acknowledged."""
+    logging.disable()
+    broker = broker_for(job).with_middlewares(SimpleRetryMiddleware(default_retry_label=True))
+    await run(job, gate, broker, Fault(job.count))
+
+
 async def consume(job: Job, gate: Gate) -> None:
+    await run(job, gate, broker_for(job))
+
+
+async def run(job: Job, gate: Gate, broker: AioPikaBroker, fault: Fault | None = None) -> None:
     all_seen = asyncio.Event()
     tally = Tally(job.count, all_seen.set)
-    broker = broker_for(job)
 
     @broker.task("handle")
     async def handle(sample: dict[str, object]) -> None:
-        tally.saw(msgspec.convert(sample, Sample).number)
+        number = msgspec.convert(sample, Sample).number
+        if fault:
+            fault.strike(number)
+        tally.saw(number)
 
     await fill_with_tasks(job, "handle")
     gate.go()
@@ -76,4 +90,4 @@ async def consume(job: Job, gate: Gate) -> None:
 
 
 if __name__ == "__main__":
-    main({"consume": consume})
+    main({"consume": consume, "retry": retry})
