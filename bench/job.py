@@ -10,6 +10,8 @@ from uuid import UUID
 import msgspec
 
 GROUP = "bench"
+ORDERED_QUEUE = f"{GROUP}.ordered"
+"""orderbus has one such queue for all ordered handlers of a group."""
 PREFETCH = 500
 
 

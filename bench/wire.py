@@ -239,10 +239,10 @@ def message(queue: str, body: bytes, properties: commands.Basic.Properties) -> b
     return b"".join(parts)
 
 
-def fill(job: Job, frames: Callable[[Sample], bytes] | None = None) -> None:
+def fill(job: Job, frames: Callable[[Sample], bytes] | None = None, *, queue: str | None = None) -> None:
     """Put the job's messages into its queue, which exists, each confirmed. `frames` makes those of a peer with a format of its own."""
     if frames is None:
-        envelope = Envelope("", job.queue, job.topic)
+        envelope = Envelope("", queue or job.queue, job.topic)
 
         def frames(sample: Sample) -> bytes:
             return envelope.frames(event_id(sample.number), str(sample.order_id), _encode(sample))

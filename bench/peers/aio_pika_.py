@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import aio_pika
 import msgspec
 
-from bench.child import Gate, Metronome, Report, Tally, main, percentiles
-from bench.job import Job, Sample, samples
+from bench.child import Gate, Metronome, OrderTally, Report, Tally, main, percentiles
+from bench.job import ORDERED_QUEUE, Job, Sample, samples
 from bench.wire import event_id, fill
 
 IN_FLIGHT = 1000
@@ -51,11 +51,6 @@ async def publish(job: Job, gate: Gate) -> None:
 
 async def consume(job: Job, gate: Gate) -> None:
     """A callback, started as a task for each delivery, as many at a time as the prefetch lets through."""
-    connection = await aio_pika.connect_robust(job.broker_url)
-    async with connection:
-        channel = await connection.channel()
-        await channel.declare_queue(job.queue, durable=True, arguments={"x-queue-type": "quorum"})
-    fill(job)
     all_seen = asyncio.Event()
     tally = Tally(job.count, all_seen.set)
 
@@ -66,15 +61,46 @@ async def consume(job: Job, gate: Gate) -> None:
         async with message.process(requeue=True):
             await handle(decode(message.body))
 
-    gate.go()
-    connection = await aio_pika.connect_robust(job.broker_url)
-    async with connection:
+    async with await aio_pika.connect_robust(job.broker_url) as connection:
         channel = await connection.channel()
         await channel.set_qos(prefetch_count=job.prefetch)
-        queue = await channel.get_queue(job.queue)
+        queue = await channel.declare_queue(job.queue, durable=True, arguments={"x-queue-type": "quorum"})
+        fill(job)
+        gate.go()
         tag = await queue.consume(on_message)
         await all_seen.wait()
         await queue.cancel(tag)
+        await channel.close()
+    gate.done(tally.report(gate))
+
+
+async def ordered(job: Job, gate: Gate) -> None:
+    """A single active consumer and a loop: one message after the other, while the next are on their way.
+
+    Order holds as long as a failure is tried again inside the loop. Nothing fails here, so there is nothing of that.
+    """
+    wait_s = job.options["wait_ms"] / 1000
+    tally = OrderTally(job.count, lambda: None)
+
+    async def handle(sample: Sample) -> None:
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        tally.saw_of(sample.order_id, sample.number)
+
+    async with await aio_pika.connect_robust(job.broker_url) as connection:
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=job.prefetch)
+        queue = await channel.declare_queue(
+            ORDERED_QUEUE, durable=True, arguments={"x-queue-type": "quorum", "x-single-active-consumer": True}
+        )
+        fill(job, queue=ORDERED_QUEUE)
+        gate.go()
+        async with queue.iterator() as messages:
+            async for message in messages:
+                async with message.process(requeue=True):
+                    await handle(decode(message.body))
+                if tally.ended:
+                    break
         await channel.close()
     gate.done(tally.report(gate))
 
@@ -107,4 +133,4 @@ async def latency(job: Job, gate: Gate) -> None:
 
 
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume, "latency": latency})
+    main({"publish": publish, "consume": consume, "latency": latency, "ordered": ordered})

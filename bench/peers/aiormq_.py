@@ -57,8 +57,8 @@ async def consume(job: Job, gate: Gate) -> None:
     """aiormq starts its callback as a task for each delivery; a hundred of them are acknowledged at once, or after 5 ms."""
     connection = await aiormq.connect(job.broker_url)
     channel = await connection.channel()
+    await channel.basic_qos(prefetch_count=job.prefetch)
     await channel.queue_declare(job.queue, durable=True, arguments={"x-queue-type": "quorum"})
-    await connection.close()
     fill(job)
     all_seen = asyncio.Event()
     tally = Tally(job.count, all_seen.set)
@@ -90,9 +90,6 @@ async def consume(job: Job, gate: Gate) -> None:
             timer = loop.call_later(0.005, lambda: loop.create_task(acknowledge()))
 
     gate.go()
-    connection = await aiormq.connect(job.broker_url)
-    channel = await connection.channel()
-    await channel.basic_qos(prefetch_count=job.prefetch)
     await channel.basic_consume(job.queue, on_message)
     await all_seen.wait()
     await acknowledge()

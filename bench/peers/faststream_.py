@@ -13,8 +13,8 @@ import msgspec
 from faststream import AckPolicy
 from faststream.rabbit import Channel, ExchangeType, QueueType, RabbitBroker, RabbitExchange, RabbitMessage, RabbitQueue
 
-from bench.child import Fault, Gate, Metronome, Report, Tally, main, percentiles
-from bench.job import Job, Sample, samples
+from bench.child import Fault, Gate, Metronome, OrderTally, Report, Tally, main, percentiles
+from bench.job import ORDERED_QUEUE, Job, Sample, samples
 from bench.wire import event_id, fill
 
 IN_FLIGHT = 1000
@@ -35,9 +35,9 @@ class SampleCodec:
         return self._encode(sample), "application/json"
 
 
-def broker_for(job: Job) -> RabbitBroker:
+def broker_for(job: Job, prefetch: int | None = None) -> RabbitBroker:
     """Logging each message is on by default and costs more than all the rest: off."""
-    channel = Channel(prefetch_count=job.prefetch, on_return_raises=True)
+    channel = Channel(prefetch_count=prefetch or job.prefetch, on_return_raises=True)
     return RabbitBroker(job.broker_url, default_channel=channel, codec=SampleCodec(), apply_types=False, logger=None)
 
 
@@ -104,6 +104,29 @@ async def retry(job: Job, gate: Gate) -> None:
     await consume(job, gate, Fault(job.count))
 
 
+async def ordered(job: Job, gate: Gate) -> None:
+    """A single active consumer and a prefetch of 1: nothing that comes later can be begun, whatever its key."""
+    broker, wait_s = broker_for(job, prefetch=1), job.options["wait_ms"] / 1000
+    queue = RabbitQueue(ORDERED_QUEUE, queue_type=QueueType.QUORUM, durable=True, arguments={"x-single-active-consumer": True})
+    all_seen = asyncio.Event()
+    tally = OrderTally(job.count, all_seen.set)
+
+    @broker.subscriber(queue, ack_policy=AckPolicy.NACK_ON_ERROR)
+    async def handle(sample: Sample) -> None:
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        tally.saw_of(sample.order_id, sample.number)
+
+    await broker.connect()
+    await broker.declare_queue(queue)
+    fill(job, queue=ORDERED_QUEUE)
+    gate.go()
+    await broker.start()
+    await all_seen.wait()
+    await broker.stop()
+    gate.done(tally.report(gate))
+
+
 async def latency(job: Job, gate: Gate) -> None:
     """One broker publishes and consumes, which is FastStream's way: one connection, one channel."""
     broker = broker_for(job)
@@ -120,4 +143,4 @@ async def latency(job: Job, gate: Gate) -> None:
 
 
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume, "latency": latency, "retry": retry})
+    main({"publish": publish, "consume": consume, "latency": latency, "retry": retry, "ordered": ordered})

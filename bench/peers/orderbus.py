@@ -8,9 +8,9 @@ from uuid import UUID
 import anyio
 import msgspec
 
-from bench.child import Fault, Gate, Metronome, Report, Tally, main, percentiles
+from bench.child import Fault, Gate, Metronome, OrderTally, Report, Tally, main, percentiles
 from bench.database import CONNECTIONS, waiting_in_orderbus
-from bench.job import GROUP, Job, Sample, samples
+from bench.job import GROUP, ORDERED_QUEUE, Job, Sample, samples
 from bench.wire import BATCH, fill
 from orderbus import Bus, Event, Retry, Settings, Tx
 
@@ -68,6 +68,28 @@ async def consume(job: Job, gate: Gate, fault: Fault | None = None) -> None:
     async with bus:
         pass
     fill(job)
+    gate.go()
+    async with bus:
+        await all_seen.wait()
+    gate.done(tally.report(gate))
+
+
+async def ordered(job: Job, gate: Gate) -> None:
+    """Each key in order, the keys beside each other: as many as a unit takes."""
+    event, wait_s = sample_event(job.topic), job.options["wait_ms"] / 1000
+    bus = Bus(GROUP, settings=Settings(broker_url=job.broker_url))
+    all_seen = anyio.Event()
+    tally = OrderTally(job.count, all_seen.set)
+
+    @bus.on(event, ordered=True, guard="none", prefetch=job.prefetch, fuse=100, concurrency=1)
+    async def handle(sample: event) -> None:
+        if wait_s:
+            await anyio.sleep(wait_s)
+        tally.saw_of(sample.order_id, sample.number)
+
+    async with bus:
+        pass
+    fill(job, queue=ORDERED_QUEUE)
     gate.go()
     async with bus:
         await all_seen.wait()
@@ -227,6 +249,7 @@ if __name__ == "__main__":
         {
             "publish": publish,
             "consume": consume,
+            "ordered": ordered,
             "retry": retry,
             "latency": latency,
             "effect": effect,

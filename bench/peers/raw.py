@@ -6,8 +6,8 @@ import time
 
 import msgspec
 
-from bench.child import Gate, Metronome, Report, Tally, main, percentiles
-from bench.job import Job, Sample, samples
+from bench.child import Gate, Metronome, OrderTally, Report, Tally, main, percentiles
+from bench.job import ORDERED_QUEUE, Job, Sample, samples
 from bench.wire import BATCH, Envelope, Wire, event_id, fill
 
 
@@ -63,6 +63,34 @@ def consume(job: Job, gate: Gate) -> None:
     gate.done(tally.report(gate))
 
 
+def ordered(job: Job, gate: Gate) -> None:
+    """One consumer handles one message after the other, in the order of the queue."""
+    decode = msgspec.json.Decoder(Sample).decode
+    with Wire(job.broker_url) as wire:
+        wire.declare(ORDERED_QUEUE, {"x-single-active-consumer": True})
+    fill(job, queue=ORDERED_QUEUE)
+    ended = False
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+
+    tally = OrderTally(job.count, end)
+
+    def handle(sample: Sample) -> None:
+        tally.saw_of(sample.order_id, sample.number)
+
+    gate.go()
+    with Wire(job.broker_url) as wire:
+        wire.consume(ORDERED_QUEUE, job.prefetch)
+        while not ended:
+            tag, bodies = wire.deliveries()
+            for body in bodies:
+                handle(decode(body))
+            wire.ack(tag)
+    gate.done(tally.report(gate))
+
+
 def latency(job: Job, gate: Gate) -> None:
     """Write, wait for the message, wait for the confirm: what the broker and two sockets take."""
     encode, decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Sample).decode
@@ -90,4 +118,4 @@ def latency(job: Job, gate: Gate) -> None:
 
 
 if __name__ == "__main__":
-    main({"publish": publish, "consume": consume, "latency": latency})
+    main({"publish": publish, "consume": consume, "latency": latency, "ordered": ordered})
