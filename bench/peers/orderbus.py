@@ -12,7 +12,7 @@ from bench.child import Fault, Gate, Metronome, OrderTally, Report, Tally, main,
 from bench.database import CONNECTIONS, waiting_in_orderbus
 from bench.job import GROUP, ORDERED_QUEUE, Job, Sample, samples
 from bench.wire import BATCH, fill
-from orderbus import Bus, Event, Retry, Settings, Tx
+from orderbus import Batch, Bus, Event, Retry, Settings, Tx
 
 
 def sample_event(topic: str) -> Any:
@@ -72,6 +72,32 @@ async def consume(job: Job, gate: Gate, fault: Fault | None = None) -> None:
     async with bus:
         await all_seen.wait()
     gate.done(tally.report(gate))
+
+
+async def consume_batches(job: Job, gate: Gate) -> None:
+    """The same with a handler that takes what has come, up to a hundred at once."""
+    event = sample_event(job.topic)
+    bus = Bus(GROUP, settings=Settings(broker_url=job.broker_url))
+    all_seen = anyio.Event()
+    tally = Tally(job.count, all_seen.set)
+
+    @bus.on_batch(event, most=100, guard="none", prefetch=job.prefetch)
+    async def handle(batch: Batch[event]) -> None:
+        for sample in batch.events:
+            tally.saw(sample.number)
+
+    async with bus:
+        pass
+    fill(job)
+    gate.go()
+    async with bus:
+        await all_seen.wait()
+    gate.done(tally.report(gate))
+
+
+async def trio(job: Job, gate: Gate) -> None:
+    """The variants of bench/workloads/trio.py. Which loop they run under, the peer says."""
+    await {"consume": consume, "on_batch": consume_batches, "effect": effect}[job.options["what"]](job, gate)
 
 
 async def ordered(job: Job, gate: Gate) -> None:
@@ -250,6 +276,7 @@ if __name__ == "__main__":
             "publish": publish,
             "consume": consume,
             "ordered": ordered,
+            "trio": trio,
             "retry": retry,
             "latency": latency,
             "effect": effect,
