@@ -18,7 +18,7 @@ from bench.running import run as run_rounds
 from bench.workloads import Workload, workloads
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 RESULTS = Path("build/bench.jsonl")
 JsonFile = Annotated[Path, typer.Option("--json", help="The results, as JSON lines")]
 
@@ -106,13 +106,9 @@ def _measure(workload: Workload, peers: list[str], rounds: int, scale: float, js
         for one in run_rounds(workload, peers, place, rounds=rounds, scale=scale, tell=tell):
             found.append(one)
             write(json, [one])
-            if one.lost or one.doubled or one.left:
+            if one.wrong:
                 clean = False
-                console.print(
-                    f"{one.workload}, {one.variant}, {one.peer}: lost {one.lost}, doubled {one.doubled}, left {one.left}",
-                    style="red",
-                    markup=False,
-                )
+                console.print(f"! {one.workload}, {one.variant}, {one.peer}: {one.wrong}", style="red", markup=False)
     print(tables.markdown(found))
     return clean and not complaints
 

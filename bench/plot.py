@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from itertools import groupby
 
-from bench.results import OURS, Result
+from bench.results import OURS, Result, tables_of
 
 WIDTH, LABEL, BAR, GAP, HEAD = 860, 190, 16, 6, 34
 STYLE = """\
@@ -20,8 +19,7 @@ def svg(results: Sequence[Result]) -> str:
     """A group of bars for each workload and variant; the thin line is the range of the rounds."""
     shapes: list[str] = []
     y = 10
-    for (workload, variant), group in groupby(results, key=lambda one: (one.workload, one.variant)):
-        rows = list(group)
+    for (workload, variant), rows in tables_of(results).items():
         longest = max(one.messages_per_s_max for one in rows)
         shapes.append(
             f'<text class="head" x="10" y="{y + 16}">{escape(f"{workload}, {variant}: {rows[0].unit}s a second")}</text>'

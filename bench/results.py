@@ -13,6 +13,8 @@ import psutil
 
 OURS = "orderbus"
 """The peer that the others are compared with."""
+SUMMED = frozenset({"disordered"})
+"""Of what a peer tells besides: counts of what must not happen. They are summed over the rounds; of all else, the median is kept."""
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -58,6 +60,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     machine: str = ""
 
+    @property
+    def wrong(self) -> str:
+        """What should not have happened, in words; empty where nothing did."""
+        counts = {
+            "lost": self.lost,
+            "doubled": self.doubled,
+            "left": self.left,
+            **{name: self.more.get(name, 0) for name in SUMMED},
+        }
+        return ", ".join(f"{name} {count:g}" for name, count in counts.items() if count)
+
 
 def summarize(workload: str, variant: str, peer: str, unit: str, rounds: Sequence[Round], versions: dict[str, str]) -> Result:
     rates = [one.messages_per_s for one in rounds]
@@ -80,7 +93,10 @@ def summarize(workload: str, variant: str, peer: str, unit: str, rounds: Sequenc
         doubled=sum(one.doubled for one in rounds),
         left=sum(one.left for one in rounds),
         per_round=[round(rate, 1) for rate in rates],
-        more={name: round(statistics.median(one.more[name] for one in rounds), 3) for name in rounds[0].more},
+        more={
+            name: round((sum if name in SUMMED else statistics.median)(one.more[name] for one in rounds), 3)
+            for name in rounds[0].more
+        },
         versions=versions,
         machine=machine(),
     )
@@ -89,6 +105,14 @@ def summarize(workload: str, variant: str, peer: str, unit: str, rounds: Sequenc
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(statistics.median(known), 2) if known else None
+
+
+def tables_of(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """What belongs together, however it came into the file: the results of each workload and variant."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for one in results:
+        found.setdefault((one.workload, one.variant), []).append(one)
+    return found
 
 
 def ratio(ours: Result, other: Result) -> float:

@@ -47,7 +47,7 @@ def run(
                         measured[peer].append(workload.measure(variant, peer, scale, tell))
                     else:
                         measured[peer].append(one_round(workload, variant, peer, ground, scale))
-                except Failed as error:
+                except (Failed, OSError) as error:  # the other: a server went away while the bench itself spoke to it
                     del measured[peer]
                     tell(f"! {workload.name}, {variant.name}: {peer} is left out: {error}")
         for peer, done in measured.items():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
-from bench.results import OURS, Result, ratio
+from bench.results import OURS, Result, ratio, tables_of
 
 HEAD = (
     "| {unit}s | per second | min..max | orderbus is | client CPU | server CPU | p50 | p99 | peak memory | lost, doubled, left |\n"
@@ -16,8 +15,7 @@ HEAD = (
 def markdown(results: Sequence[Result]) -> str:
     """A table for each workload and variant. The ratios are to orderbus's row, and left out where there is none."""
     parts = []
-    for (workload, variant), group in groupby(results, key=lambda one: (one.workload, one.variant)):
-        rows = list(group)
+    for (workload, variant), rows in tables_of(results).items():
         ours = next((one for one in rows if one.peer == OURS), None)
         first = rows[0]
         lines = [f"**{workload}, {variant}** ({first.rounds} rounds, {first.machine})", "", HEAD.format(unit=first.unit)]
@@ -36,12 +34,16 @@ def _row(one: Result, ours: Result | None) -> str:
         "" if ours is None or one is ours else f"{ratio(ours, one):.2f}×",
         f"{one.client_cpu_us:,.1f} µs",
         f"{one.server_cpu_us:,.1f} µs",
-        "" if one.p50_ms is None else f"{one.p50_ms:,.1f} ms",
-        "" if one.p99_ms is None else f"{one.p99_ms:,.1f} ms",
+        _ms(one.p50_ms),
+        _ms(one.p99_ms),
         f"{one.peak_rss_mib:,.0f} MiB",
         f"{one.lost}, {one.doubled}, {one.left}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _ms(latency: float | None) -> str:
+    return "" if latency is None else f"{latency:,.{1 if latency >= 10 else 2}f} ms"
 
 
 def _more(one: Result) -> str:
