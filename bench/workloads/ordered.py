@@ -32,6 +32,6 @@ WORKLOAD = Workload(
             "1000 keys, 2 ms each", 10_000, options={"keys": 1000, "wait_ms": 2}, peers=("orderbus", "aio-pika", "faststream")
         ),
     ),
-    shares={"aio-pika": 0.2, "faststream": 0.05},
+    shares={"aio-pika": 0.12, "faststream": 0.05},
     verify=verify,
 )
