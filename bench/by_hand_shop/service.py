@@ -22,7 +22,7 @@ from bench.by_hand_shop.topology import EVENTS, queue
 
 PAUSE_S = 0.5
 CONNECTIONS = 10
-PREFETCH = 20
+PREFETCH = 100
 """So many of a queue are handled at once."""
 
 

@@ -87,7 +87,8 @@ def measure(variant: Variant, peer: str, scale: float, tell: Callable[[str], Non
         for _ in range(TRIES):
             trials.append(trial(variant.name, peer, rate, seconds))
             broken = trials[-1].broken
-            tell(f"pipeline, {variant.name}, {peer}: {rate}/s for {seconds} s: {', '.join(broken) or 'held'}")
+            complaint = "" if trials[-1].figures.consistent else "! "
+            tell(f"{complaint}pipeline, {variant.name}, {peer}: {rate}/s for {seconds} s: {', '.join(broken) or 'held'}")
             if not broken:
                 return True
         return False
@@ -116,7 +117,7 @@ def as_round(trials: Sequence[Trial], broke: int | None) -> Round:
         left=0,
         more={
             "asked": last.asked,
-            **({} if broke is None else {"broke_at": broke}),
+            "broke_at": broke or 0,  # 0: it never broke
             "e2e_p50_ms": f.e2e_p50_ms,
             "e2e_p99_ms": f.e2e_p99_ms,
             "errors_percent": f.error_ratio * 100,

@@ -175,11 +175,14 @@ def test_a_rate_breaks_only_when_it_breaks_twice(monkeypatch: pytest.MonkeyPatch
     assert told[-1] == "pipeline, servers, orderbus: 1000/s for 60 s: held"
 
 
-def test_a_shop_that_holds_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shop_that_loses_orders_fails_and_is_complained_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
     monkeypatch.setattr(pipeline, "trial", lambda variant, peer, rate, seconds: trial(asked=rate, lost=1))
 
     with pytest.raises(Failed, match=r"does not hold 10 orders a second: .*lost 1"):
-        pipeline.measure(Variant("servers", 0), "by-hand", 1.0, lambda text: None)
+        pipeline.measure(Variant("servers", 0), "by-hand", 1.0, told.append)
+
+    assert told[-1] == "! pipeline, servers, by-hand: 10/s for 15 s: lost 1"
 
 
 def test_a_workload_that_measures_itself_is_run_for_the_peers_that_a_variant_has() -> None:
