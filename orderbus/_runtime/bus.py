@@ -405,12 +405,12 @@ async def run_until_signalled(*buses: Bus) -> list[DrainReceipt]:
     import signal
 
     async with AsyncExitStack() as stack:
+        signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))  # also while they open
         for bus in buses:
             await stack.enter_async_context(bus)
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                log.info("received %s: draining", signal.Signals(number).name)
-                break
+        async for number in signals:
+            log.info("received %s: draining", signal.Signals(number).name)
+            break
         async with anyio.create_task_group() as drains:
             for bus in buses:
                 drains.start_soon(bus.drain)

@@ -23,25 +23,64 @@ __all__ = ["Array", "bytea_array", "int2_array", "int4_array", "int8_array", "re
 
 
 class Array(bytes):
-    """A one-dimensional array, ready to be sent. Its subclass names the type."""
+    """A one-dimensional array, ready to be sent. Its subclass has the type's oid."""
+
+    oid: int
 
 
-class _Int2Array(Array): ...
+class _Int2Array(Array):
+    oid = 1005
 
 
-class _Int4Array(Array): ...
+class _Int4Array(Array):
+    oid = 1007
 
 
-class _Int8Array(Array): ...
+class _Int8Array(Array):
+    oid = 1016
 
 
-class _TextArray(Array): ...
+class _TextArray(Array):
+    oid = 1009
 
 
-class _UuidArray(Array): ...
+class _UuidArray(Array):
+    oid = 2951
 
 
-class _ByteaArray(Array): ...
+class _ByteaArray(Array):
+    oid = 1001
+
+
+class _BoolArray(Array):
+    oid = 1000
+
+
+class _Float8Array(Array):
+    oid = 1022
+
+
+class _TimestamptzArray(Array):
+    oid = 1185
+
+
+class _Int8(Array):
+    oid = 20
+
+
+def int8(value: int) -> Array:
+    """A single number, for the statements that take one beside their arrays."""
+    return _Int8(_pack_int8(value))
+
+
+def array_of(column: Column) -> Array | None:
+    """A Column of one known type as an array; None for any other, which psycopg shall send."""
+    kind = _kind_of(column)
+    if kind is None:
+        return None
+    element_oid, array, encode = _ELEMENTS[kind]
+    parts = [_NULL if value is None else _sized(encode(value)) for value in column]
+    return array(_header(len(column), element_oid, None in column) + b"".join(parts))
 
 
 def int2_array(values: Sequence[int]) -> Array:
@@ -74,8 +113,8 @@ def text_array(values: Sequence[str | None]) -> Array:
 
 def register(context: AdaptContext) -> None:
     """Teach a connection or a cursor to send arrays of this module, and Columns as such."""
-    for dumper in _DUMPERS:
-        context.adapters.register_dumper(dumper.array, dumper)
+    for array, dumper in _DUMPERS.items():
+        context.adapters.register_dumper(array, dumper)
     context.adapters.register_dumper(Column, _ColumnDumper)
 
 
@@ -101,24 +140,15 @@ def _with_sizes(size: int, values: Iterable[int]) -> Iterable[int]:
 
 class _ArrayDumper(Dumper):
     format = Format.BINARY
-    array: type[Array]
 
     def dump(self, obj: Array) -> bytes:
         return obj
 
 
-def _dumper(array: type[Array], oid: int) -> type[_ArrayDumper]:
-    return type(f"{array.__name__}Dumper", (_ArrayDumper,), {"oid": oid, "array": array})
-
-
-_DUMPERS = (
-    _dumper(_Int2Array, 1005),
-    _dumper(_Int4Array, 1007),
-    _dumper(_Int8Array, 1016),
-    _dumper(_TextArray, 1009),
-    _dumper(_UuidArray, 2951),
-    _dumper(_ByteaArray, 1001),
-)
+_DUMPERS: dict[type[Array], type[_ArrayDumper]] = {
+    array: type(f"{array.__name__}Dumper", (_ArrayDumper,), {"oid": array.oid})
+    for array in (_Int2Array, _Int4Array, _Int8Array, _TextArray, _UuidArray, _ByteaArray, _Int8)
+}
 
 
 def _timestamp(value: datetime) -> bytes:
@@ -130,16 +160,16 @@ _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 """PostgreSQL counts microseconds from here."""
 _pack_int8 = struct.Struct("!q").pack
 _pack_float8 = struct.Struct("!d").pack
-_ELEMENTS: dict[type, tuple[int, int, Callable[[Any], bytes]]] = {
-    UUID: (2950, 2951, lambda value: value.bytes),
-    str: (25, 1009, str.encode),
-    int: (20, 1016, _pack_int8),
-    bool: (16, 1000, lambda value: b"\x01" if value else b"\x00"),
-    float: (701, 1022, _pack_float8),
-    bytes: (17, 1001, bytes),
-    datetime: (1184, 1185, _timestamp),
+_ELEMENTS: dict[type, tuple[int, type[Array], Callable[[Any], bytes]]] = {
+    UUID: (2950, _UuidArray, lambda value: value.bytes),
+    str: (25, _TextArray, str.encode),
+    int: (20, _Int8Array, _pack_int8),
+    bool: (16, _BoolArray, lambda value: b"\x01" if value else b"\x00"),
+    float: (701, _Float8Array, _pack_float8),
+    bytes: (17, _ByteaArray, bytes),
+    datetime: (1184, _TimestamptzArray, _timestamp),
 }
-"""For each type: the oid of an element and of its array, and the element's bytes. The statement casts to what it wants."""
+"""For each type: the oid of an element, the array, and an element's bytes. The statement casts to what it wants."""
 
 
 class _ColumnDumper(ListDumper):
@@ -154,6 +184,19 @@ class _ColumnDumper(ListDumper):
         return super().upgrade(obj, format) if kind is None else _COLUMN_DUMPERS[kind](Column)
 
 
+class _OneKindDumper(Dumper):
+    format = Format.BINARY
+
+    def dump(self, obj: Column) -> bytes | None:
+        return array_of(obj)
+
+
+_COLUMN_DUMPERS: dict[type, type[_OneKindDumper]] = {
+    kind: type(f"_{kind.__name__.title()}ColumnDumper", (_OneKindDumper,), {"oid": array.oid})
+    for kind, (_, array, _) in _ELEMENTS.items()
+}
+
+
 def _kind_of(column: Column) -> type | None:
     kinds = set(map(type, column))
     kinds.discard(type(None))
@@ -161,24 +204,3 @@ def _kind_of(column: Column) -> type | None:
     if kind is datetime and any(value is not None and value.tzinfo is None for value in column):
         return None
     return kind if kind in _ELEMENTS else None
-
-
-class _OneKindDumper(Dumper):
-    format = Format.BINARY
-    element_oid: int
-    encode: Callable[[Any], bytes]
-
-    def dump(self, obj: Column) -> bytes:
-        encode = type(self).encode
-        parts = [_NULL if value is None else _sized(encode(value)) for value in obj]
-        return _header(len(obj), self.element_oid, None in obj) + b"".join(parts)
-
-
-_COLUMN_DUMPERS: dict[type, type[_OneKindDumper]] = {
-    kind: type(
-        f"_{kind.__name__.title()}ColumnDumper",
-        (_OneKindDumper,),
-        {"oid": array_oid, "element_oid": element_oid, "encode": staticmethod(encode)},
-    )
-    for kind, (element_oid, array_oid, encode) in _ELEMENTS.items()
-}

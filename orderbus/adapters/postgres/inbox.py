@@ -9,7 +9,7 @@ from psycopg import AsyncCursor
 
 from orderbus.abc import InboxEntry, Verdict
 from orderbus.adapters.postgres.arrays import int4_array, int8_array, uuid_array
-from orderbus.adapters.postgres.pool import Connection
+from orderbus.adapters.postgres.trip import Connection, rows_of, trip
 from orderbus.errors import TransientError
 
 __all__ = ["begin", "forget", "number_consumers"]
@@ -37,23 +37,19 @@ async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: 
     Rows are inserted in the order of their ids: two batches that share ids then wait for each other instead of deadlocking.
     """
     if not entries:
-        await connection.execute(_BEGIN, prepare=True)
+        await trip(connection, [(_BEGIN, ())])
         return []
     wanted = _hash_by_row(entries, numbers)
     rows = sorted(wanted)
-    async with connection.pipeline():
-        await connection.execute(_BEGIN, prepare=True)
-        cursor = await _execute(
-            connection,
-            _INSERT,
-            uuid_array([event_id for event_id, _ in rows]),
-            int4_array([number for _, number in rows]),
-            int8_array([wanted[row] for row in rows]),
-            prepare=True,
-        )
-    if cursor.rowcount == len(entries):
+    columns = (
+        uuid_array([event_id for event_id, _ in rows]),
+        int4_array([number for _, number in rows]),
+        int8_array([wanted[row] for row in rows]),
+    )
+    _, result = await trip(connection, [(_BEGIN, ()), (_INSERT, columns)])
+    if result.command_tuples == len(entries):
         return [Verdict.NEW] * len(entries)
-    inserted = set(await cursor.fetchall())
+    inserted = set(rows_of(connection, result))
     found = await _look_up(connection, [row for row in rows if row not in inserted])
     return _verdicts(entries, numbers, inserted, {**wanted, **found})
 
@@ -65,7 +61,6 @@ async def forget(connection: Connection, entries: Sequence[InboxEntry], numbers:
         _FORGET,
         uuid_array([entry.event_id for entry in entries]),
         int4_array([numbers[entry.consumer] for entry in entries]),
-        prepare=False,
     )
 
 
@@ -93,7 +88,6 @@ async def _look_up(connection: Connection, rows: Sequence[tuple[Any, int]]) -> d
         _LOOK_UP,
         uuid_array([event_id for event_id, _ in rows]),
         int4_array([number for _, number in rows]),
-        prepare=False,
     )
     found = {(event_id, number): body_hash for event_id, number, body_hash in await cursor.fetchall()}
     if len(found) < len(rows):
@@ -119,7 +113,7 @@ def _verdicts(
     return verdicts
 
 
-async def _execute(connection: Connection, query: str, *params: Any, prepare: bool) -> AsyncCursor[Any]:
+async def _execute(connection: Connection, query: str, *params: Any) -> AsyncCursor[Any]:
     """Rare queries are planned each time: a plan that was cached while a day's partition was empty may read all of it later."""
     cursor = connection.cursor(binary=True)
-    return await cursor.execute(query, params, prepare=prepare)
+    return await cursor.execute(query, params, prepare=False)

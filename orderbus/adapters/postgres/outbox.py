@@ -12,9 +12,10 @@ from psycopg import AsyncCursor
 from orderbus._core.outbox import plan_lease
 from orderbus._core.topology import BUCKETS
 from orderbus.abc import OutboxPage, OutboxRow, Stuck
-from orderbus.adapters.postgres.arrays import int2_array, int8_array
+from orderbus.adapters.postgres.arrays import int2_array, int8, int8_array
 from orderbus.adapters.postgres.errors import limited
-from orderbus.adapters.postgres.pool import Connection, Pool
+from orderbus.adapters.postgres.pool import Pool
+from orderbus.adapters.postgres.trip import Connection, rows_of, trip
 
 __all__ = ["PostgresOutbox", "promote_orphans"]
 
@@ -53,8 +54,9 @@ class PostgresOutbox:
         """
         async with self._connection() as connection:
             while True:
-                cursor = await _cursor(connection).execute(_READ, (int2_array(buckets), floor, limit, limit_bytes), prepare=True)
-                found = await cursor.fetchall()
+                read = (_READ, (int2_array(buckets), int8(floor), int8(limit), int8(limit_bytes)))
+                [result] = await trip(connection, [read])
+                found = rows_of(connection, result)
                 held = [row[2] for row in found if row[-1]]
                 if held:
                     await _cursor(connection).execute(_MOVE_BEHIND, (int8_array(held),), prepare=True)
@@ -66,11 +68,10 @@ class PostgresOutbox:
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         """From the outbox or the stuck table, wherever each is; of a key that was stuck, the next row may then be tried."""
         async with self._connection() as connection:
-            cursor = await _cursor(connection).execute(_DELETE, {"ids": int8_array([row.id for row in rows])}, prepare=True)
-            found = await cursor.fetchone()
-        assert found is not None
-        xid: int = found[0]
-        return xid
+            ids = int8_array([row.id for row in rows])
+            [result] = await trip(connection, [(_DELETE, (ids, ids, ids))])
+            [(xid,)] = rows_of(connection, result)
+        return int(xid)
 
     async def set_aside(self, stuck: Sequence[Stuck]) -> None:
         ids = [entry.row.id for entry in stuck]
@@ -129,13 +130,13 @@ from gone, lateral (
 
 _DELETE = """\
 with published as (
-    delete from orderbus.outbox where id = any (%(ids)b)
+    delete from orderbus.outbox where id = any (%b)
 ), unstuck as (
-    delete from orderbus.stuck where id = any (%(ids)b) returning key
+    delete from orderbus.stuck where id = any (%b) returning key
 ), next_in_line as (
     update orderbus.stuck set is_behind = false, next_try_at = now()
     where is_behind and id in (
-        select (select min(id) from orderbus.stuck where stuck.key = keys.key and id <> all (%(ids)b))
+        select (select min(id) from orderbus.stuck where stuck.key = keys.key and id <> all (%b))
         from (select distinct key from unstuck where key is not null) keys
     )
 )

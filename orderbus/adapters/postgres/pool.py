@@ -19,11 +19,10 @@ from psycopg.rows import tuple_row
 
 from orderbus.adapters.postgres.arrays import register
 from orderbus.adapters.postgres.errors import limited
+from orderbus.adapters.postgres.trip import Connection
 from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["Connection", "Pool", "conninfo_for", "where_of", "with_options"]
-
-Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 
 class Pool:
@@ -92,7 +91,8 @@ class Pool:
 
     async def _connect(self) -> Connection:
         async with limited(self.where, self._connect_s):
-            connection: Connection = await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True)
+            connection = await Connection.connect(self._conninfo, autocommit=True)
+        connection.prepared, connection.serial = {}, 0
         register(connection)
         return connection
 

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
+
 from orderbus.abc import InboxEntry
 from orderbus.adapters.postgres import inbox as inbox_table, schema
 from orderbus.adapters.postgres.embedded import is_embedded, start_embedded
@@ -83,11 +85,9 @@ class PostgresStore:
         try:
             async with limited(self._pool.where, self._limit_s):
                 transaction.verdicts = await inbox_table.begin(connection, inbox, self._numbers)
-        except Exception:
-            await transaction.rollback()
-            raise
         except BaseException:
-            transaction.abandon()
+            with anyio.CancelScope(shield=True):
+                await transaction.rollback()
             raise
         return transaction
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import anyio
 import msgspec
 import psycopg
-from psycopg import errors
+from psycopg import AsyncCursor, errors
 from psycopg.pq import TransactionStatus
 
 from orderbus._core.columns import columns
 from orderbus.abc import Deferred, InboxEntry, OutboxRow, Verdict
 from orderbus.adapters.postgres import inbox
-from orderbus.adapters.postgres.arrays import bytea_array, int2_array, int8_array, register, text_array, uuid_array
+from orderbus.adapters.postgres.arrays import (
+    Array,
+    array_of,
+    bytea_array,
+    int2_array,
+    int8_array,
+    register,
+    text_array,
+    uuid_array,
+)
 from orderbus.adapters.postgres.errors import limited
-from orderbus.adapters.postgres.pool import Connection, Pool
+from orderbus.adapters.postgres.pool import Pool
+from orderbus.adapters.postgres.trip import Call, Connection, trip
 from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["EnlistedTransaction", "PostgresTransaction"]
@@ -38,30 +50,47 @@ class PostgresTransaction:
         self._numbers = numbers
         self._limit_s = limit_s
         self._cancel = connection.pgconn.get_cancel()
+        self._may_lack_statements = False
+        """psycopg drops all prepared statements, ours too, after a savepoint's rollback or a change of the schema that it has seen."""
 
     @property
     def connection(self) -> Connection:
         """The psycopg connection. Its `transaction()` makes savepoints; its `commit` and `rollback` are not for handlers."""
+        self._may_lack_statements = True
+        return self._connection()
+
+    def _connection(self) -> Connection:
         if self._open is None:
             raise UsageError("the transaction has ended; use tx only inside the handler or block that it was given to")
         return self._open
 
     async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
-        connection = self.connection
+        connection = self._connection()
         async with limited(self._pool.where, self._limit_s):
-            return await _rows_and_count(connection, sql, params)
+            cursor = await connection.execute(sql, params)
+            if not _LEAVES_STATEMENTS(cursor.statusmessage or ""):
+                self._may_lack_statements = True
+            return await _rows_and_count(cursor)
 
     async def commit(self, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow], forget: Sequence[InboxEntry] = ()) -> None:
-        connection = self.connection
+        connection = self._connection()
         try:
             _check_open(connection)
-            async with limited(self._pool.where, self._limit_s), connection.pipeline():
-                await _insert(connection, deferred, emitted)
-                if forget:
-                    await inbox.forget(connection, forget, self._numbers)
-                await connection.execute("commit", prepare=True)
-        except Exception:
-            await self.rollback()
+            async with limited(self._pool.where, self._limit_s):
+                calls = None if forget or self._may_lack_statements else _calls(deferred, emitted)
+                if calls is not None:
+                    await trip(connection, [*calls, ("commit", ())])
+                    return
+                async with connection.pipeline():
+                    await _insert(connection, deferred, emitted)
+                    if forget:
+                        await inbox.forget(connection, forget, self._numbers)
+                    await connection.execute("commit")
+                if self._may_lack_statements:
+                    connection.prepared.clear()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.rollback()
             raise
         finally:
             self.abandon()
@@ -69,16 +98,17 @@ class PostgresTransaction:
     async def rollback(self) -> None:
         """Also ends a transaction whose connection is gone; a second call does nothing.
 
-        psycopg closes a connection whose statement is cancelled twice, as anyio does, and the server would run that statement to
-        its end, with all its locks. So it is told to stop, on a connection of its own.
+        A statement that is cancelled closes its connection, and the server would run it to its end, with all its locks. So it is
+        told to stop, on a connection of its own.
         """
         try:
             if self._open is not None and self._open.closed:
                 async with limited(self._pool.where, CANCEL_S):
                     await asyncio.to_thread(self._cancel.cancel)
-            elif self._open is not None:
+            elif self._open is not None and self._open.pgconn.transaction_status != TransactionStatus.IDLE:
                 async with limited(self._pool.where, self._limit_s):
-                    await self._open.rollback()
+                    # Not through psycopg, which would then drop every prepared statement of the connection.
+                    await trip(self._open, [("rollback", ())])
         except (psycopg.Error, UnavailableError):
             pass  # the connection is of no more use, so it is closed, and the server rolls back by itself
         finally:
@@ -108,7 +138,7 @@ class EnlistedTransaction:
 
     async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
         async with limited(self._where, self._limit_s):
-            return await _rows_and_count(self.connection, sql, params)
+            return await _rows_and_count(await self.connection.execute(sql, params))
 
     async def commit(self, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow], forget: Sequence[InboxEntry] = ()) -> None:
         if forget:
@@ -138,6 +168,28 @@ from unnest(%b, %b, %b, %b, %b, %b, %b, %b, %b)
 order by position"""
 
 
+def _calls(deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> list[Call] | None:
+    """What `_insert` does, as calls of one trip; None where a deferred statement needs psycopg to say how its values are sent."""
+    rows: dict[str, list[Any]] = {}
+    for statement in deferred:
+        if not statement.is_row:
+            return None
+        rows.setdefault(statement.sql, []).append(statement.params)
+    calls: list[Call] = []
+    for sql, params in rows.items():
+        arrays = [array_of(column) for column in columns(params)]
+        if None in arrays or sql.count("%") != len(arrays):
+            return None
+        calls.append((sql, [array for array in arrays if array is not None]))
+    now = [row for row in emitted if row.due_at_ms is None]
+    if len(now) < len(emitted):
+        later = [row for row in emitted if row.due_at_ms is not None]
+        calls.append((_INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later]))))
+    if now:
+        calls.append((_INSERT_OUTBOX, _columns(now)))
+    return calls
+
+
 async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:
     """Everything that was put off until commit; the outbox last, after the locks of the business writes are taken."""
     grouped: dict[tuple[str, bool], list[Any]] = {}
@@ -158,7 +210,7 @@ async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted:
         await connection.execute(_INSERT_OUTBOX, _columns(now), prepare=True)
 
 
-def _columns(rows: Sequence[OutboxRow]) -> tuple[bytes, ...]:
+def _columns(rows: Sequence[OutboxRow]) -> tuple[Array, ...]:
     return (
         uuid_array([row.event_id for row in rows]),
         int2_array([row.bucket for row in rows]),
@@ -183,6 +235,8 @@ def _check_open(connection: Connection) -> None:
         raise UsageError("the handler ended the transaction itself; leave commit and rollback to orderbus")
 
 
-async def _rows_and_count(connection: Connection, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
-    cursor = await connection.execute(sql, params)
+_LEAVES_STATEMENTS = re.compile("SELECT|INSERT|UPDATE|DELETE|MERGE|LOCK|SET|COPY").match
+
+
+async def _rows_and_count(cursor: AsyncCursor[tuple[Any, ...]]) -> tuple[Sequence[tuple[Any, ...]], int]:
     return (await cursor.fetchall() if cursor.description else ()), cursor.rowcount
