@@ -76,7 +76,7 @@ def one_round(workload: Workload, variant: Variant, peer: str, ground: Ground, s
         child.go()
         report = msgspec.json.decode(child.read(WORK_S), type=Report)
         own = meter.tree(child.pid)
-        after = meter.cpu_s(servers), meter.cpu_s(own)
+        after = meter.cpu_s(meter.servers()), meter.cpu_s(own)  # also those that began meanwhile
         peak = meter.peak_rss_mib(own)
         child.go()
     counted = workload.verify(ground, job, report)

@@ -362,7 +362,7 @@ class Engine:
             try:
                 await self.store.maintain(self._settings.dedupe_window_s)
             except UnavailableError as error:
-                log.warning("inbox partitions can't be maintained now: %s", error)
+                log.warning("the upkeep of inbox and outbox waits for the next hour: %s", error)
             await anyio.sleep(MAINTENANCE_EVERY_S)
 
 

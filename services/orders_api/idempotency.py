@@ -173,6 +173,6 @@ def _other_body() -> Problem:
 
 
 _FORGET = """\
-delete from idempotency_key where key in (
-    select key from idempotency_key where created_at < now() - make_interval(secs => %s)
-    limit %s for update skip locked)"""
+delete from idempotency_key where ctid = any (array (
+    select ctid from idempotency_key where created_at < now() - make_interval(secs => %s)
+    limit %s for update skip locked))"""

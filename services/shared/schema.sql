@@ -28,7 +28,7 @@ create table if not exists idempotency_key (
 );
 
 -- A block range index costs an insert next to nothing, and finds the keys that are old enough to be forgotten.
-create index if not exists idempotency_key_by_age on idempotency_key using brin (created_at);
+create index if not exists idempotency_key_by_age on idempotency_key using brin (created_at) with (autosummarize = on);
 
 -- `payment` and `reservation` have one row an order. `times` counts how often its OrderPlaced was applied, `reversals`
 -- how often its OrderCancelled was: more than 1 is a doubled effect, and stays visible. A cancellation that comes first

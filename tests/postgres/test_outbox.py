@@ -14,6 +14,7 @@ from orderbus._core.outbox import Floor, first_per_key
 from orderbus.abc import OutboxRow, Stuck
 from orderbus.adapters.postgres import PostgresStore, open_store
 from orderbus.adapters.postgres.outbox import promote_orphans
+from orderbus.errors import UnavailableError
 from tests.postgres.conftest import ALL, Sql, emit, event_id, row
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -240,3 +241,16 @@ async def test_a_plan_made_while_the_outbox_was_short_uses_the_index_when_it_is_
         found = await (await connection.execute(scans)).fetchone()
 
     assert found == (0,)
+
+
+async def test_a_statement_of_ours_that_the_server_cancels_is_a_server_to_wait_for(
+    store: PostgresStore, url: str, query: Sql
+) -> None:
+    """Raised as it is, it would end the relay, and with it the bus."""
+    query("create function slow() returns trigger language plpgsql as 'begin perform pg_sleep(5); return old; end'")
+    query("create trigger slow before delete on orderbus.outbox for each row execute function slow()")
+    await emit(store, [row(1)])
+    async with open_store(url, name="slow", statement_timeout_ms=200) as slow:
+        page = await slow.outbox.read(ALL, 0, 10, PLENTY)
+        with pytest.raises(UnavailableError, match="canceling statement due to statement timeout"):
+            await slow.outbox.delete(page.rows)

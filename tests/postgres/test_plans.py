@@ -321,7 +321,6 @@ async def test_overdue_orders_are_cancelled(large: Large, wire: Wire, bus: Bus) 
     await check_runs(large, wire, cancel, rows=500)
 
 
-@pytest.mark.xfail(reason="`key in (select …)` joins with all keys; `ctid = any (array (select …))` does not", strict=True)
 async def test_old_idempotency_keys_are_forgotten(large: Large, wire: Wire, bus: Bus) -> None:
     async def forget(run: int) -> None:
         async with bus.transaction() as tx:

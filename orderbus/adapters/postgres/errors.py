@@ -15,10 +15,11 @@ __all__ = ["limited"]
 
 
 @asynccontextmanager
-async def limited(where: str, limit_s: float) -> AsyncIterator[None]:
+async def limited(where: str, limit_s: float, *, is_ours: bool = False) -> AsyncIterator[None]:
     """Give a conversation with the server a time limit, and its errors a class: see `classify`.
 
-    Raises UnavailableError when the limit is over; whether a commit in it took place is then unknown.
+    Raises UnavailableError when the limit is over; whether a commit in it took place is then unknown. Where the statements are
+    ours (`is_ours`: the relay's, the upkeep's), one that the server cancels for its length is a server that is too slow: waited for.
     """
     try:
         async with asyncio.timeout(limit_s):
@@ -26,6 +27,8 @@ async def limited(where: str, limit_s: float) -> AsyncIterator[None]:
     except psycopg.Error as error:
         first = first_error(error)
         known = classify(first, where)
+        if known is None and is_ours and isinstance(first, errors.QueryCanceled):
+            known = UnavailableError(f"{where}: {str(first).splitlines()[0]}")
         if known is None:
             raise first from None
         raise known from first

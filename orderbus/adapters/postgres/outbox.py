@@ -89,7 +89,7 @@ class PostgresOutbox:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
-        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s, is_ours=True):
             yield connection
 
 

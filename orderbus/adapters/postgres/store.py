@@ -106,7 +106,7 @@ class PostgresStore:
 
     async def maintain(self, window_s: float) -> None:
         """Never waits long for a lock: what could not be done now is left for the next call. Two callers do not collide."""
-        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s, is_ours=True):
             if not await _try_lock(connection):
                 return
             try:

@@ -88,6 +88,6 @@ create table orderbus.inbox (
     handled_at timestamptz not null default now(),
     primary key (event_id, consumer)
 ) partition by range (event_id);
-create index inbox_handled_at on orderbus.inbox using brin (handled_at);
+create index inbox_handled_at on orderbus.inbox using brin (handled_at) with (autosummarize = on);
 
 create table orderbus.inbox_default partition of orderbus.inbox default;
