@@ -27,11 +27,11 @@ WORKLOAD = Workload(
     what="consume with 1000 keys, each in order, from a queue with a single active consumer",
     peers=("orderbus", "raw", "aio-pika", "faststream"),
     variants=(
-        Variant("1000 keys", 60_000, options={"keys": 1000, "wait_ms": 0}),
+        Variant("1000 keys", 100_000, options={"keys": 1000, "wait_ms": 0}),
         Variant(
-            "1000 keys, 2 ms each", 10_000, options={"keys": 1000, "wait_ms": 2}, peers=("orderbus", "aio-pika", "faststream")
+            "1000 keys, 2 ms each", 20_000, options={"keys": 1000, "wait_ms": 2}, peers=("orderbus", "aio-pika", "faststream")
         ),
     ),
-    shares={"aio-pika": 0.12, "faststream": 0.05},
+    shares={"aio-pika": 0.07, "faststream": 0.03},
     verify=verify,
 )

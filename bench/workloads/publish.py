@@ -27,8 +27,8 @@ WORKLOAD = Workload(
     name="publish",
     what="messages published to a durable quorum queue, persistent, mandatory, each confirmed",
     peers=("orderbus", "raw", "aiormq", "aio-pika", "faststream"),
-    variants=(Variant("250 B", 40_000), Variant("4 KiB", 30_000, 4096)),
-    shares={"aiormq": 0.6, "aio-pika": 0.25, "faststream": 0.25},
+    variants=(Variant("250 B", 60_000), Variant("4 KiB", 40_000, 4096)),
+    shares={"aiormq": 0.4, "aio-pika": 0.2, "faststream": 0.12},
     prepare=prepare,
     verify=verify,
 )

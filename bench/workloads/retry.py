@@ -15,6 +15,6 @@ WORKLOAD = Workload(
     what="consume, with every tenth message failing once; each handled successfully once in the end",
     peers=("orderbus", "faststream", "celery", "taskiq", "dramatiq"),
     variants=(Variant("10 % fail once", 40_000),),
-    shares={"faststream": 0.2, "celery": 0.1, "taskiq": 0.1, "dramatiq": 0.2},
+    shares={"faststream": 0.2, "celery": 0.1, "taskiq": 0.1, "dramatiq": 0.12},
     verify=verify,
 )

@@ -314,7 +314,7 @@ def test_consume_runs_on_a_real_server_and_nothing_is_lost(
         ("4 KiB", "orderbus"),
         ("4 KiB", "raw"),
     ]
-    assert [(one.count, one.wrong) for one in found] == [(300, ""), (300, ""), (100, ""), (100, "")]
+    assert [(one.count, one.wrong) for one in found] == [(500, ""), (500, ""), (300, ""), (300, "")]
     assert all(one.messages_per_s > 0 and one.peak_rss_mib > 0 for one in found)
 
 
