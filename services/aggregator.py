@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from orderbus import Batch, Bus, Tx, columns
+from orderbus import Batch, Bus, Column, Tx, columns
 from services.shared.events import (
     OrderCancelled,
     OrderConfirmed,
@@ -48,7 +48,7 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
 
     The lock makes the later of two answers see the earlier one, and lets an order finish once.
     """
-    orders = {row[0]: row for row in await tx.fetch_all(_LOCK, (list({event.order_id for event in batch.events}),))}
+    orders = {row[0]: row for row in await tx.fetch_all(_LOCK, [Column({event.order_id for event in batch.events})])}
     said: dict[UUID, Said] = {}
     for item in batch:
         order = orders.get(item.event.order_id)

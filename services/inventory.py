@@ -11,7 +11,7 @@ from uuid import UUID
 
 import msgspec
 
-from orderbus import Batch, Bus, Tx, columns
+from orderbus import Batch, Bus, Column, Tx, columns
 from services.shared.events import OrderCancelled, OrderPlaced, StockRejected, StockReserved
 
 bus = Bus("inventory")
@@ -24,7 +24,7 @@ async def reserve(batch: Batch[OrderPlaced], tx: Tx) -> list[StockReserved | Sto
     answers: list[StockReserved | StockRejected] = []
     fresh: list[UUID] = []
     for order_id, state, times, sku, reason in await tx.fetch_all(
-        _CLAIM, ([order.order_id for order in batch.events], [_json(wanted[order.order_id]) for order in batch.events])
+        _CLAIM, columns((order.order_id, _json(wanted[order.order_id])) for order in batch.events)
     ):
         if state == "held" and times == 1:
             fresh.append(order_id)
@@ -44,7 +44,7 @@ async def reserve(batch: Batch[OrderPlaced], tx: Tx) -> list[StockReserved | Sto
         else:
             rejected.append(refusal)
     if taken:
-        await tx.execute(_MOVE, (list(taken), [-pieces for pieces in taken.values()]))
+        await tx.execute(_MOVE, columns((sku, -pieces) for sku, pieces in taken.items()))
     if rejected:
         await tx.execute(_REJECT, columns((no.order_id, no.sku, no.reason) for no in rejected))
     return answers + rejected
@@ -54,12 +54,12 @@ async def reserve(batch: Batch[OrderPlaced], tx: Tx) -> list[StockReserved | Sto
 async def release(batch: Batch[OrderCancelled], tx: Tx) -> None:
     """Put back what was held; where nothing is there yet, leave a tombstone that `reserve` will find."""
     returned: Counter[str] = Counter()
-    for state, reversals, pieces in await tx.fetch_all(_RELEASE, ([order.order_id for order in batch.events],)):
+    for state, reversals, pieces in await tx.fetch_all(_RELEASE, [Column(order.order_id for order in batch.events)]):
         if state == "released" and reversals == 1:
             returned.update(pieces)
     if returned:
         await _lock(tx, returned)
-        await tx.execute(_MOVE, (list(returned), list(returned.values())))
+        await tx.execute(_MOVE, columns(returned.items()))
 
 
 def _pieces(order: OrderPlaced) -> dict[str, int]:
@@ -83,7 +83,7 @@ def _refusal(
 
 async def _lock(tx: Tx, skus: Iterable[str]) -> dict[str, int]:
     """Lock the articles; how many pieces each has left."""
-    return dict(await tx.fetch_all(_LOCK, (sorted(set(skus)),)))
+    return dict(await tx.fetch_all(_LOCK, [Column(sorted(set(skus)))]))
 
 
 def _json(pieces: Mapping[str, int]) -> str:

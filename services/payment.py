@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 
-from orderbus import Batch, Bus, Retry, Tx, columns
+from orderbus import Batch, Bus, Column, Retry, Tx, columns
 from services.shared.events import OrderCancelled, OrderPlaced, PaymentAuthorized, PaymentDeclined
 from services.shared.settings import from_environment
 
@@ -77,7 +77,7 @@ async def authorize(batch: Batch[OrderPlaced], tx: Tx, rules: Rules) -> list[Pay
 @bus.on_batch(OrderCancelled, most=200)
 async def refund(batch: Batch[OrderCancelled], tx: Tx) -> None:
     """Refund what was authorized; where nothing is there yet, leave a tombstone that `authorize` will find."""
-    await tx.execute(_REFUND, ([order.order_id for order in batch.events],))
+    await tx.execute(_REFUND, [Column(order.order_id for order in batch.events)])
 
 
 _DECIDE = """\

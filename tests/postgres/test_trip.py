@@ -13,7 +13,7 @@ from orderbus import TransientError
 from orderbus.abc import Deferred
 from orderbus.adapters.postgres import PostgresStore
 from orderbus.adapters.postgres.arrays import int8, int8_array, text_array
-from orderbus.adapters.postgres.trip import MOST_PREPARED, Connection, rows_of, trip
+from orderbus.adapters.postgres.trip import MOST_PREPARED, Call, Connection, rows_of, trip
 from tests.postgres.conftest import Sql
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -35,7 +35,7 @@ def is_idle(connection: Connection) -> bool:
 async def test_each_statement_has_its_answer(connection: Connection) -> None:
     for _ in range(3):
         first, second = await trip(
-            connection, [(ECHO, (int8_array([1, 2]), text_array(["a", None]))), ("select %b %% 4, '100%%'", (int8(7),))]
+            connection, [Call(ECHO, (int8_array([1, 2]), text_array(["a", None]))), Call("select %b %% 4, '100%%'", (int8(7),))]
         )
         assert rows_of(connection, first) == [(1, "a"), (2, None)]
         assert rows_of(connection, second) == [(3, "100%")]
@@ -45,7 +45,7 @@ async def test_each_statement_has_its_answer(connection: Connection) -> None:
 
 async def test_more_than_the_sockets_buffers_hold_goes_out_and_comes_back(connection: Connection) -> None:
     texts = ["x" * 1_000_000] * 20
-    results = await trip(connection, [(ECHO, (int8_array(range(20)), text_array(texts)))] * 3)
+    results = await trip(connection, [Call(ECHO, (int8_array(range(20)), text_array(texts)))] * 3)
     assert [rows_of(connection, result) for result in results] == [list(zip(range(20), texts, strict=True))] * 3
 
 
@@ -54,24 +54,24 @@ async def test_the_first_failure_is_raised_and_what_follows_is_not_run(connectio
     one = (int8_array([1]), text_array(["a"]))
     for _ in range(2):
         with pytest.raises(psycopg.errors.UniqueViolation):
-            await trip(connection, [("begin", ()), (note, one), (note, one), ("commit", ())])
+            await trip(connection, [Call("begin"), Call(note, one), Call(note, one), Call("commit")])
         assert connection.pgconn.transaction_status == TransactionStatus.INERROR
-        await trip(connection, [("rollback", ())])
+        await trip(connection, [Call("rollback")])
     assert query("select * from notes") == []
 
 
 async def test_a_statement_that_can_not_be_prepared_is_not_taken_for_prepared(connection: Connection, query: Sql) -> None:
     for _ in range(2):
         with pytest.raises(psycopg.errors.UndefinedTable):
-            await trip(connection, [("select 1", ()), ("select * from nothing_here", ()), ("select 2", ())])
+            await trip(connection, [Call("select 1"), Call("select * from nothing_here"), Call("select 2")])
     query("create table nothing_here ()")
-    results = await trip(connection, [("select 1", ()), ("select * from nothing_here", ()), ("select 2", ())])
+    results = await trip(connection, [Call("select 1"), Call("select * from nothing_here"), Call("select 2")])
     assert [result.ntuples for result in results] == [1, 0, 1]
 
 
 async def test_statements_beyond_those_kept_are_run_all_the_same(connection: Connection) -> None:
     for number in range(MOST_PREPARED + 20):
-        [result] = await trip(connection, [(f"select {number}", ())])
+        [result] = await trip(connection, [Call(f"select {number}")])
         assert rows_of(connection, result) == [(number,)]
     assert len(connection.prepared) == MOST_PREPARED
 
@@ -97,7 +97,7 @@ async def test_a_handler_that_rolls_a_savepoint_back_commits_all_the_same(store:
 
 
 async def test_statements_that_somebody_dropped_are_made_anew_with_the_next_try(connection: Connection) -> None:
-    call = (ECHO, (int8_array([1]), text_array(["a"])))
+    call = Call(ECHO, (int8_array([1]), text_array(["a"])))
     await trip(connection, [call])
     await connection.execute("deallocate all")
     with pytest.raises(TransientError, match="made anew with the next try"):
@@ -108,7 +108,7 @@ async def test_statements_that_somebody_dropped_are_made_anew_with_the_next_try(
 
 async def test_a_cancelled_trip_closes_its_connection(store: PostgresStore) -> None:
     async with store._pool.connection() as connection:
-        running = asyncio.create_task(trip(connection, [("select pg_sleep(60)", ())]))
+        running = asyncio.create_task(trip(connection, [Call("select pg_sleep(60)")]))
         async with asyncio.timeout(20):
             while connection.pgconn.pipeline_status == PipelineStatus.OFF:  # noqa: ASYNC110 - nobody else could tell
                 await asyncio.sleep(0)
@@ -120,7 +120,7 @@ async def test_a_cancelled_trip_closes_its_connection(store: PostgresStore) -> N
 
 async def test_a_server_that_ends_the_connection_is_told_by_name(connection: Connection, query: Sql) -> None:
     pid = connection.info.backend_pid
-    running = asyncio.create_task(trip(connection, [("select pg_sleep(60)", ())]))
+    running = asyncio.create_task(trip(connection, [Call("select pg_sleep(60)")]))
     async with asyncio.timeout(20):
         while not query(f"select 1 from pg_stat_activity where pid = {pid} and wait_event = 'PgSleep'"):  # noqa: ASYNC110
             await asyncio.sleep(0)

@@ -200,6 +200,8 @@ _COLUMN_DUMPERS: dict[type, type[_OneKindDumper]] = {
 def _kind_of(column: Column) -> type | None:
     kinds = set(map(type, column))
     kinds.discard(type(None))
+    if not kinds:
+        return str  # nothing but NULLs, and those have any type
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is datetime and any(value is not None and value.tzinfo is None for value in column):
         return None

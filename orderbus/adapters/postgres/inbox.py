@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psycopg import AsyncCursor
-
 from orderbus.abc import InboxEntry, Verdict
 from orderbus.adapters.postgres.arrays import int4_array, int8_array, uuid_array
-from orderbus.adapters.postgres.trip import Connection, rows_of, trip
+from orderbus.adapters.postgres.trip import Call, Connection, rows_of, trip
 from orderbus.errors import TransientError
 
 __all__ = ["begin", "forget", "number_consumers"]
@@ -26,6 +24,9 @@ _LOOK_UP = """\
 select event_id, consumer, body_hash
 from unnest(%b, %b) as wanted (event_id, consumer) join orderbus.inbox using (event_id, consumer)"""
 
+RARELY = False
+"""Rare statements are planned each time: a plan that was kept while a day's partition was empty may read all of it later."""
+
 _FORGET = """\
 delete from orderbus.inbox using unnest(%b, %b) as gone (event_id, consumer)
 where inbox.event_id = gone.event_id and inbox.consumer = gone.consumer"""
@@ -37,7 +38,7 @@ async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: 
     Rows are inserted in the order of their ids: two batches that share ids then wait for each other instead of deadlocking.
     """
     if not entries:
-        await trip(connection, [(_BEGIN, ())])
+        await trip(connection, [Call(_BEGIN)])
         return []
     wanted = _hash_by_row(entries, numbers)
     rows = sorted(wanted)
@@ -46,7 +47,7 @@ async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: 
         int4_array([number for _, number in rows]),
         int8_array([wanted[row] for row in rows]),
     )
-    _, result = await trip(connection, [(_BEGIN, ()), (_INSERT, columns)])
+    _, result = await trip(connection, [Call(_BEGIN), Call(_INSERT, columns)])
     if result.command_tuples == len(entries):
         return [Verdict.NEW] * len(entries)
     inserted = set(rows_of(connection, result))
@@ -54,14 +55,10 @@ async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: 
     return _verdicts(entries, numbers, inserted, {**wanted, **found})
 
 
-async def forget(connection: Connection, entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> None:
+def forget(entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> Call:
     """Drop entries again, inside the transaction that inserted them."""
-    await _execute(
-        connection,
-        _FORGET,
-        uuid_array([entry.event_id for entry in entries]),
-        int4_array([numbers[entry.consumer] for entry in entries]),
-    )
+    ids = uuid_array([entry.event_id for entry in entries])
+    return Call(_FORGET, (ids, int4_array([numbers[entry.consumer] for entry in entries])), RARELY)
 
 
 async def number_consumers(connection: Connection, names: Sequence[str]) -> dict[str, int]:
@@ -83,13 +80,9 @@ def _hash_by_row(entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> d
 async def _look_up(connection: Connection, rows: Sequence[tuple[Any, int]]) -> dict[tuple[Any, int], int]:
     if not rows:
         return {}
-    cursor = await _execute(
-        connection,
-        _LOOK_UP,
-        uuid_array([event_id for event_id, _ in rows]),
-        int4_array([number for _, number in rows]),
-    )
-    found = {(event_id, number): body_hash for event_id, number, body_hash in await cursor.fetchall()}
+    columns = uuid_array([event_id for event_id, _ in rows]), int4_array([number for _, number in rows])
+    [result] = await trip(connection, [Call(_LOOK_UP, columns, RARELY)])
+    found = {(event_id, number): body_hash for event_id, number, body_hash in rows_of(connection, result)}
     if len(found) < len(rows):
         raise TransientError("an inbox row that stood in the way is gone again; the next try will see it clearly")
     return found
@@ -111,9 +104,3 @@ def _verdicts(
         else:
             verdicts.append(Verdict.DUPLICATE if hashes[row] == entry.body_hash else Verdict.CONFLICT)
     return verdicts
-
-
-async def _execute(connection: Connection, query: str, *params: Any) -> AsyncCursor[Any]:
-    """Rare queries are planned each time: a plan that was cached while a day's partition was empty may read all of it later."""
-    cursor = connection.cursor(binary=True)
-    return await cursor.execute(query, params, prepare=False)

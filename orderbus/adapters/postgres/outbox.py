@@ -15,7 +15,7 @@ from orderbus.abc import OutboxPage, OutboxRow, Stuck
 from orderbus.adapters.postgres.arrays import int2_array, int8, int8_array
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.pool import Pool
-from orderbus.adapters.postgres.trip import Connection, rows_of, trip
+from orderbus.adapters.postgres.trip import Call, Connection, rows_of, trip
 
 __all__ = ["PostgresOutbox", "promote_orphans"]
 
@@ -54,7 +54,7 @@ class PostgresOutbox:
         """
         async with self._connection() as connection:
             while True:
-                read = (_READ, (int2_array(buckets), int8(floor), int8(limit), int8(limit_bytes)))
+                read = Call(_READ, (int2_array(buckets), int8(floor), int8(limit), int8(limit_bytes)))
                 [result] = await trip(connection, [read])
                 found = rows_of(connection, result)
                 held = [row[2] for row in found if row[-1]]
@@ -69,7 +69,7 @@ class PostgresOutbox:
         """From the outbox or the stuck table, wherever each is; of a key that was stuck, the next row may then be tried."""
         async with self._connection() as connection:
             ids = int8_array([row.id for row in rows])
-            [result] = await trip(connection, [(_DELETE, (ids, ids, ids))])
+            [result] = await trip(connection, [Call(_DELETE, (ids, ids, ids))])
             [(xid,)] = rows_of(connection, result)
         return int(xid)
 

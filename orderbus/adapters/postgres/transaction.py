@@ -13,7 +13,7 @@ import psycopg
 from psycopg import AsyncCursor, errors
 from psycopg.pq import TransactionStatus
 
-from orderbus._core.columns import columns
+from orderbus._core.columns import Column, columns
 from orderbus.abc import Deferred, InboxEntry, OutboxRow, Verdict
 from orderbus.adapters.postgres import inbox
 from orderbus.adapters.postgres.arrays import (
@@ -28,7 +28,7 @@ from orderbus.adapters.postgres.arrays import (
 )
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.pool import Pool
-from orderbus.adapters.postgres.trip import Call, Connection, trip
+from orderbus.adapters.postgres.trip import Call, Connection, rows_of, trip
 from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["EnlistedTransaction", "PostgresTransaction"]
@@ -66,7 +66,11 @@ class PostgresTransaction:
 
     async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
         connection = self._connection()
+        arrays = None if self._may_lack_statements else _arrays(sql, params)
         async with limited(self._pool.where, self._limit_s):
+            if arrays is not None:
+                [result] = await trip(connection, [Call(sql, arrays)])
+                return rows_of(connection, result) if result.nfields else (), result.command_tuples or 0
             cursor = await connection.execute(sql, params)
             if not _LEAVES_STATEMENTS(cursor.statusmessage or ""):
                 self._may_lack_statements = True
@@ -77,15 +81,15 @@ class PostgresTransaction:
         try:
             _check_open(connection)
             async with limited(self._pool.where, self._limit_s):
-                calls = None if forget or self._may_lack_statements else _calls(deferred, emitted)
+                last = [*([inbox.forget(forget, self._numbers)] if forget else ()), Call("commit")]
+                calls = None if self._may_lack_statements else _calls(deferred, emitted)
                 if calls is not None:
-                    await trip(connection, [*calls, ("commit", ())])
+                    await trip(connection, [*calls, *last])
                     return
                 async with connection.pipeline():
                     await _insert(connection, deferred, emitted)
-                    if forget:
-                        await inbox.forget(connection, forget, self._numbers)
-                    await connection.execute("commit")
+                    for sql, params, keeps_plan in last:
+                        await connection.execute(sql, params, prepare=keeps_plan)
                 if self._may_lack_statements:
                     connection.prepared.clear()
         except BaseException:
@@ -108,7 +112,7 @@ class PostgresTransaction:
             elif self._open is not None and self._open.pgconn.transaction_status != TransactionStatus.IDLE:
                 async with limited(self._pool.where, self._limit_s):
                     # Not through psycopg, which would then drop every prepared statement of the connection.
-                    await trip(self._open, [("rollback", ())])
+                    await trip(self._open, [Call("rollback")])
         except (psycopg.Error, UnavailableError):
             pass  # the connection is of no more use, so it is closed, and the server rolls back by itself
         finally:
@@ -177,17 +181,25 @@ def _calls(deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> list[C
         rows.setdefault(statement.sql, []).append(statement.params)
     calls: list[Call] = []
     for sql, params in rows.items():
-        arrays = [array_of(column) for column in columns(params)]
-        if None in arrays or sql.count("%") != len(arrays):
+        arrays = _arrays(sql, columns(params))
+        if arrays is None:
             return None
-        calls.append((sql, [array for array in arrays if array is not None]))
+        calls.append(Call(sql, arrays))
     now = [row for row in emitted if row.due_at_ms is None]
     if len(now) < len(emitted):
         later = [row for row in emitted if row.due_at_ms is not None]
-        calls.append((_INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later]))))
+        calls.append(Call(_INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later]))))
     if now:
-        calls.append((_INSERT_OUTBOX, _columns(now)))
+        calls.append(Call(_INSERT_OUTBOX, _columns(now)))
     return calls
+
+
+def _arrays(sql: str, params: Any) -> list[Array] | None:
+    """The parameters in binary where all are Columns of a known type, one for each `%s`; None where psycopg must look at them."""
+    if not params or not isinstance(params, Sequence) or sql.count("%") != len(params):
+        return None
+    arrays = [array for column in params if type(column) is Column and (array := array_of(column)) is not None]
+    return arrays if len(arrays) == len(params) else None
 
 
 async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:

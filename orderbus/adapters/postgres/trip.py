@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import errors
@@ -26,8 +26,14 @@ __all__ = ["Call", "Connection", "rows_of", "trip"]
 MOST_PREPARED = 100
 """Statements kept on a connection; a program that writes SQL as it goes along has the others parsed each time."""
 
-Call = tuple[str, Sequence[Array]]
-"""A statement with `%b` for each parameter, and those, in binary."""
+
+class Call(NamedTuple):
+    """A statement with `%b` (or `%s`) for each parameter, and those, in binary. Where the plan of an earlier time may be a bad one,
+    it is planned each time."""
+
+    sql: str
+    params: Sequence[Array] = ()
+    keeps_plan: bool = True
 
 
 Prepared = tuple[bytes, tuple[int, ...]]
@@ -83,12 +89,12 @@ def _send(connection: Connection, calls: Sequence[Call]) -> list[Prepared | None
     """Into the buffer; for each call, what had to be prepared for it."""
     pgconn, prepared = connection.pgconn, connection.prepared
     fresh: list[Prepared | None] = []
-    for sql, params in calls:
+    for sql, params, keeps_plan in calls:
         query = _numbered(sql)
         oids = tuple([param.oid for param in params])
         formats = [Format.BINARY] * len(params)
         name = prepared.get((query, oids))
-        is_fresh = name is None and len(prepared) < MOST_PREPARED
+        is_fresh = keeps_plan and name is None and len(prepared) < MOST_PREPARED
         fresh.append((query, oids) if is_fresh else None)
         if is_fresh:
             connection.serial += 1
