@@ -14,6 +14,10 @@ from bench.job import GROUP, ORDERED_QUEUE, Job, Sample, samples
 from bench.wire import BATCH, fill
 from orderbus import Batch, Bus, Event, Retry, Settings, Tx
 
+INSERT = """\
+insert into {table} (number, order_id, customer_id, total_cents, note)
+select * from unnest(%s::integer[], %s::uuid[], %s::uuid[], %s::integer[], %s::text[])"""
+
 
 def sample_event(topic: str) -> Any:
     """The bench's sample as an event of the job's own topic."""
@@ -132,11 +136,11 @@ async def effect(job: Job, gate: Gate) -> None:
     """A handler for one message, which runs up to 100 to a transaction: inbox rows, effects and events commit together."""
     event, done = sample_event(job.topic), sample_event(f"{job.topic}.done")
     bus = Bus(GROUP, settings=Settings(broker_url=job.broker_url, database_url=job.database_url))
-    insert = f"insert into {job.topic}_effect (number, order_id, customer_id, total_cents, note) values (%s, %s, %s, %s, %s)"
+    insert = INSERT.format(table=f"{job.topic}_effect")
 
     @bus.on(event, prefetch=job.prefetch, fuse=100, concurrency=2)
     async def handle(sample: event, tx: Tx) -> done:
-        tx.defer(insert, (sample.number, sample.order_id, sample.customer_id, sample.total_cents, sample.note))
+        tx.defer_row(insert, (sample.number, sample.order_id, sample.customer_id, sample.total_cents, sample.note))
         return done(**msgspec.structs.asdict(sample))
 
     async with bus:
@@ -153,12 +157,12 @@ async def outbox(job: Job, gate: Gate) -> None:
     """A transaction each, or, where the peer is called so, one shared with the writers that wait at the same time."""
     settings = Settings(broker_url=job.broker_url, database_url=job.database_url, relay=False, pool_size=CONNECTIONS)
     bus, placed, writers = Bus(GROUP, settings=settings), sample_event(job.topic), job.options["writers"]
-    insert = f"insert into {job.topic}_orders (number, order_id, customer_id, total_cents, note) values (%s, %s, %s, %s, %s)"
+    insert = INSERT.format(table=f"{job.topic}_orders")
     orders = list(samples(job))
     latencies = []
 
     def write(tx: Tx, order: Sample) -> None:
-        tx.defer(insert, (order.number, order.order_id, order.customer_id, order.total_cents, order.note))
+        tx.defer_row(insert, (order.number, order.order_id, order.customer_id, order.total_cents, order.note))
         tx.emit(placed(**msgspec.structs.asdict(order)))
 
     async def alone(order: Sample) -> None:
