@@ -74,12 +74,17 @@ class Pool:
         self._places.release()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """A connection for the length of a block, each statement in it a transaction of its own."""
+    async def connection(self, *, is_kept: bool = True) -> AsyncIterator[Connection]:
+        """A connection for the length of a block, each statement in it a transaction of its own.
+
+        One whose block changes the schema is not kept: psycopg would drop all that is prepared on it, some time later.
+        """
         connection = await self.acquire()
         try:
             yield connection
         finally:
+            if not is_kept:
+                connection.pgconn.finish()
             self.release(connection)
 
     def close(self) -> None:

@@ -101,12 +101,15 @@ class PostgresStore:
 
     async def apply_schema(self) -> list[int]:
         """Bring the database to this library's schema version; which versions were applied."""
-        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+        async with self._pool.connection(is_kept=False) as connection, limited(self._pool.where, self._limit_s):
             return await schema.apply(connection)
 
     async def maintain(self, window_s: float) -> None:
         """Never waits long for a lock: what could not be done now is left for the next call. Two callers do not collide."""
-        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s, is_ours=True):
+        async with (
+            self._pool.connection(is_kept=False) as connection,
+            limited(self._pool.where, self._limit_s, is_ours=True),
+        ):
             if not await _try_lock(connection):
                 return
             try:
