@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from orderbus import columns
 from orderbus.adapters.postgres.arrays import (
     Array,
+    array_of,
     bytea_array,
     int2_array,
     int4_array,
@@ -80,6 +81,14 @@ def test_a_column_of_any_values_comes_back_as_it_was(connection: psycopg.Connect
         assert cursor.fetchone() == (sent,)
 
     comes_back()
+
+
+def test_a_number_of_a_column_that_fits_no_bigint_is_refused_and_not_taken_for_null(connection: psycopg.Connection[Any]) -> None:
+    cursor = connection.cursor()
+    register(cursor)
+    with pytest.raises(psycopg.errors.NumericValueOutOfRange):
+        cursor.execute("select %s::bigint[]", columns([(1,), (2**63,)]))
+    assert array_of(columns([(2**63,)])[0]) is None
 
 
 def test_a_column_of_mixed_types_is_refused_by_name(connection: psycopg.Connection[Any]) -> None:

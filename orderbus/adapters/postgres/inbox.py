@@ -20,12 +20,11 @@ select * from unnest(%b, %b, %b)
 on conflict do nothing
 returning event_id, consumer"""
 
+# The rare statements are planned each time: a plan that was kept while a day's partition was empty may read all of it later.
+
 _LOOK_UP = """\
 select event_id, consumer, body_hash
 from unnest(%b, %b) as wanted (event_id, consumer) join orderbus.inbox using (event_id, consumer)"""
-
-RARELY = False
-"""Rare statements are planned each time: a plan that was kept while a day's partition was empty may read all of it later."""
 
 _FORGET = """\
 delete from orderbus.inbox using unnest(%b, %b) as gone (event_id, consumer)
@@ -58,7 +57,7 @@ async def begin(connection: Connection, entries: Sequence[InboxEntry], numbers: 
 def forget(entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> Call:
     """Drop entries again, inside the transaction that inserted them."""
     ids = uuid_array([entry.event_id for entry in entries])
-    return Call(_FORGET, (ids, int4_array([numbers[entry.consumer] for entry in entries])), RARELY)
+    return Call(_FORGET, (ids, int4_array([numbers[entry.consumer] for entry in entries])), keeps_plan=False)
 
 
 async def number_consumers(connection: Connection, names: Sequence[str]) -> dict[str, int]:
@@ -81,7 +80,7 @@ async def _look_up(connection: Connection, rows: Sequence[tuple[Any, int]]) -> d
     if not rows:
         return {}
     columns = uuid_array([event_id for event_id, _ in rows]), int4_array([number for _, number in rows])
-    [result] = await trip(connection, [Call(_LOOK_UP, columns, RARELY)])
+    [result] = await trip(connection, [Call(_LOOK_UP, columns, keeps_plan=False)])
     found = {(event_id, number): body_hash for event_id, number, body_hash in rows_of(connection, result)}
     if len(found) < len(rows):
         raise TransientError("an inbox row that stood in the way is gone again; the next try will see it clearly")

@@ -174,24 +174,32 @@ order by position"""
 
 def _calls(deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> list[Call] | None:
     """What `_insert` does, as calls of one trip; None where a deferred statement needs psycopg to say how its values are sent."""
-    rows: dict[str, list[Any]] = {}
-    for statement in deferred:
-        if not statement.is_row:
-            return None
-        rows.setdefault(statement.sql, []).append(statement.params)
     calls: list[Call] = []
-    for sql, params in rows.items():
-        arrays = _arrays(sql, columns(params))
+    for (sql, are_rows), params in _grouped(deferred).items():
+        arrays = _arrays(sql, columns(params)) if are_rows else None
         if arrays is None:
             return None
         calls.append(Call(sql, arrays))
-    now = [row for row in emitted if row.due_at_ms is None]
-    if len(now) < len(emitted):
-        later = [row for row in emitted if row.due_at_ms is not None]
-        calls.append(Call(_INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later]))))
-    if now:
-        calls.append(Call(_INSERT_OUTBOX, _columns(now)))
-    return calls
+    return calls + _outbox_calls(emitted)
+
+
+async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:
+    """Everything that was put off until commit; the outbox last, after the locks of the business writes are taken."""
+    for (sql, are_rows), params in _grouped(deferred).items():
+        if are_rows:
+            await connection.execute(sql, columns(params))
+        else:
+            await connection.cursor().executemany(sql, params)
+    for call in _outbox_calls(emitted):
+        await connection.execute(call.sql, call.params, prepare=True)
+
+
+def _grouped(deferred: Sequence[Deferred]) -> dict[tuple[str, bool], list[Any]]:
+    """The parameters by their statement, in the order of its first appearance."""
+    grouped: dict[tuple[str, bool], list[Any]] = {}
+    for statement in deferred:
+        grouped.setdefault((statement.sql, statement.is_row), []).append(statement.params)
+    return grouped
 
 
 def _arrays(sql: str, params: Any) -> list[Array] | None:
@@ -202,24 +210,15 @@ def _arrays(sql: str, params: Any) -> list[Array] | None:
     return arrays if len(arrays) == len(params) else None
 
 
-async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:
-    """Everything that was put off until commit; the outbox last, after the locks of the business writes are taken."""
-    grouped: dict[tuple[str, bool], list[Any]] = {}
-    for statement in deferred:
-        grouped.setdefault((statement.sql, statement.is_row), []).append(statement.params)
-    for (sql, are_rows), params in grouped.items():
-        if are_rows:
-            await connection.execute(sql, columns(params))
-        else:
-            await connection.cursor().executemany(sql, params)
+def _outbox_calls(emitted: Sequence[OutboxRow]) -> list[Call]:
     later = [row for row in emitted if row.due_at_ms is not None]
     now = [row for row in emitted if row.due_at_ms is None] if later else emitted
+    calls = []
     if later:
-        await connection.execute(
-            _INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later])), prepare=True
-        )
+        calls.append(Call(_INSERT_SCHEDULED, (*_columns(later), int8_array([row.due_at_ms or 0 for row in later]))))
     if now:
-        await connection.execute(_INSERT_OUTBOX, _columns(now), prepare=True)
+        calls.append(Call(_INSERT_OUTBOX, _columns(now)))
+    return calls
 
 
 def _columns(rows: Sequence[OutboxRow]) -> tuple[Array, ...]:

@@ -1,7 +1,7 @@
 """One round trip: our own statements, prepared once a connection, in one write, and all their answers.
 
-psycopg's pipeline sends each statement by itself and waits through a task for every answer: a transaction of two trips took 790 µs
-of the client's CPU, and takes 340 like this. psycopg still does what it does best: connecting, adaptation, errors, and all that
+psycopg's pipeline sends each statement by itself and waits through a task for every answer: a transaction of two trips took more than
+twice the client's CPU that libpq alone takes for it (docs/adr/16). psycopg still does what it does best: connecting, adaptation, errors, and all that
 handlers send. Protocol: https://www.postgresql.org/docs/current/libpq-pipeline-mode.html
 """
 
