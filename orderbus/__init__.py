@@ -9,9 +9,10 @@ from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.event import Event
 from orderbus._core.policy import Park, Retry, RetryLater
 from orderbus._core.settings import Settings
-from orderbus._runtime.bus import Bus, new_id, run_until_signalled
+from orderbus._runtime.bus import Bus, new_id
 from orderbus._runtime.collecting import collect_rarely
 from orderbus._runtime.consumer import Middleware
+from orderbus._runtime.signals import run_until_signalled
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tx import Tx
 from orderbus.errors import (

@@ -12,8 +12,6 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from uuid import UUID
 
-import anyio
-
 from orderbus._core.codec import Format
 from orderbus._core.delivery import Batch
 from orderbus._core.event import Event
@@ -398,20 +396,3 @@ def _not_confirmed(bad: Sequence[tuple[OutboxRow, Receipt]], count: int) -> str:
 def new_id() -> UUID:
     """A new UUIDv7 of now: ids made later sort later, which keeps indexes small and fast. Random bits from the system."""
     return uuid7(time.time_ns() // 1_000_000, int.from_bytes(os.urandom(10), "big"))
-
-
-async def run_until_signalled(*buses: Bus) -> list[DrainReceipt]:
-    """Open the buses, wait for SIGTERM or SIGINT, drain them all at once; their receipts."""
-    import signal
-
-    async with AsyncExitStack() as stack:
-        signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))  # also while they open
-        for bus in buses:
-            await stack.enter_async_context(bus)
-        async for number in signals:
-            log.info("received %s: draining", signal.Signals(number).name)
-            break
-        async with anyio.create_task_group() as drains:
-            for bus in buses:
-                drains.start_soon(bus.drain)
-    return [bus.receipt for bus in buses if bus.receipt is not None]

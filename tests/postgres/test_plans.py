@@ -32,6 +32,7 @@ from services.shared import database
 from services.shared.events import Line, OrderCancelled, OrderPlaced, PaymentAuthorized, StockReserved
 from tests.postgres.conftest import ALL, emit, row
 from tests.postgres.million import CONSUMER, DUE, FIRST_ID, LAST_ID, MILLION, customer_id, fill, handled_id, order_id
+from tests.postgres.plans import blocks, looked_at, nodes, shown
 from tests.postgres.wire import Wire, open_postgres_wire
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -402,34 +403,3 @@ def check(large: Large, wire: Wire, *, rows: int, read: int | None = None, unles
                 assert looked_at(node) <= read, f"looks at {looked_at(node)} rows to find {rows}:\n{told}"
         touched = blocks(plan["Plan"])
         assert touched <= BLOCKS_A_ROW * (rows + 5), f"touches {touched} blocks for {rows} rows:\n{told}"
-
-
-def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield node
-    for child in node.get("Plans", ()):
-        yield from nodes(child)
-
-
-def looked_at(node: dict[str, Any]) -> int:
-    """How many rows of its table a node met."""
-    rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
-    return int(rows * node["Actual Loops"])
-
-
-def blocks(node: dict[str, Any]) -> int:
-    """How many blocks a plan touched, in memory or on disk. A node's count has its children in it, but not all of them:
-    what a `with` changes, it changes when the rest is done."""
-    own = _blocks_of(node)
-    children = node.get("Plans", ())
-    return max(own, sum(map(_blocks_of, children))) - sum(map(_blocks_of, children)) + sum(map(blocks, children))
-
-
-def _blocks_of(node: dict[str, Any]) -> int:
-    return int(node["Shared Hit Blocks"] + node["Shared Read Blocks"])
-
-
-def shown(node: dict[str, Any], depth: int = 0) -> str:
-    """A line for each node."""
-    words = [node["Node Type"], node.get("Operation"), node.get("Relation Name"), node.get("Index Name"), node.get("Index Cond")]
-    line = f"{'  ' * depth}{' '.join(word for word in words if word)}: {looked_at(node)} rows, {_blocks_of(node)} blocks"
-    return "\n".join([line, *(shown(child, depth + 1) for child in node.get("Plans", ()))])

@@ -6,10 +6,8 @@ A round trip costs a message far more than a row does, so a change that adds one
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -17,28 +15,35 @@ import psycopg
 import pytest
 from redis.asyncio import Redis
 
-from orderbus import Batch, Bus, Delivery, Event, Park, Settings, Tx, new_id
+from orderbus import Batch, Bus, Delivery, Event, Park, Tx, new_id
 from orderbus._core.delivery import Item
-from orderbus._core.message import Outgoing, Receipt
-from orderbus._runtime.relay import Relay, outgoing_of
-from orderbus._runtime.stats import Stats
-from orderbus._runtime.tx import Encoding
 from orderbus.adapters.postgres import PostgresStore, open_store
 from services import aggregator, inventory, payment
 from services.orders_api import orders
 from services.orders_api.orders import NewLine, NewOrder, PlacedOrder
 from services.shared import database
 from services.shared.events import OrderCancelled, OrderPlaced, PaymentAuthorized, StockReserved
-from tests.postgres.conftest import ALL, emit, row
+from tests.postgres.conftest import ALL
+from tests.postgres.counting import (
+    MANY,
+    NOTE,
+    NOTES,
+    bus_on,
+    check,
+    counted,
+    deliver,
+    hand_over,
+    is_of_a_page,
+    messages,
+    opened,
+    reports_to,
+    run_relay,
+)
 from tests.postgres.wire import Wire, open_postgres_wire, open_redis_wire
 from tests.runtime.relaying import listen
 from tests.runtime.world import Log, Paid, Placed, World, open_world
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
-
-MANY = 50
-WARM = 8
-"""psycopg prepares a statement of a handler at its sixth run."""
 
 
 @pytest.fixture
@@ -393,89 +398,3 @@ def event_of(kind: type[Event], order: PlacedOrder) -> Event:
 
 
 NEW_ORDER = NewOrder(customer_id=UUID(int=1), lines=(NewLine(sku=database.sku(1), quantity=1, unit_cents=1_000),))
-
-
-# What the tests share
-
-
-NOTE = "insert into notes (id) values (%s) on conflict do nothing"
-NOTES = "insert into notes (id) select * from unnest(%s::integer[]) on conflict do nothing"
-
-
-def bus_on(world: World, wire: Wire) -> Bus:
-    """Transactions over the wire, messages in memory, no relay."""
-    return world.bus(database_url=wire.url, relay=False)
-
-
-@asynccontextmanager
-async def opened(bus: Bus, wire: Wire) -> AsyncIterator[Bus]:
-    """An open bus that has done its maintenance."""
-    async with bus:
-        await wire.executed("pg_advisory_unlock")
-        yield bus
-
-
-async def counted(wire: Wire, path: Callable[[], Awaitable[object]]) -> None:
-    """Go a path until its statements are prepared, and once more; then only that is on the wire."""
-    for _ in range(WARM):
-        await path()
-    wire.clear()
-    await path()
-
-
-def check(wire: Wire, *, trips: int, statements: int, parsed: int = 0) -> None:
-    """A difference shows every trip."""
-    assert (len(wire.trips), len(wire.statements), len(wire.parsed)) == (trips, statements, parsed), str(wire)
-
-
-def reports_to(bus: Bus, done: Log) -> None:
-    """A line for each unit of deliveries, once it is committed: how many they were."""
-
-    @bus.middleware
-    async def report(deliveries: Sequence[Delivery], call_next: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await call_next()
-        finally:
-            done(len(deliveries))
-
-
-async def deliver(world: World, done: Log, count: int) -> None:
-    await hand_over(world, done, messages(world, [Placed(order=str(n), n=n) for n in range(count)]))
-
-
-async def hand_over(world: World, done: Log, batch: Sequence[Outgoing]) -> None:
-    """Publish all at once to a consumer that has nothing else to do; until the unit that they make is done."""
-    before = len(done.lines)
-    await world.broker.publish(batch)
-    await done.reached(before + 1)
-    assert done.lines[before:] == [len(batch)]
-
-
-def messages(world: World, events: Sequence[Event]) -> list[Outgoing]:
-    """As the relay would send them."""
-    encoding = Encoding(form="json", limit_bytes=1 << 20, clock=world.now, rng=random.Random())
-    return [outgoing_of(encoding.row(event)) for event in events]
-
-
-async def run_relay(world: World, store: PostgresStore, *, pages: int) -> None:
-    """A relay that finds so many full pages, and is stopped as soon as all of them are published."""
-    await emit(store, [row(n, f"k{n}") for n in range(pages * MANY)])
-    relay = Relay(store.outbox, world.broker, Settings(relay_batch=MANY), Stats(), "relay", random.Random(1))
-    publish, published = world.broker.publish, 0
-
-    async def publish_and_count(batch: Sequence[Outgoing]) -> Sequence[Receipt]:
-        nonlocal published
-        receipts = await publish(batch)
-        published += len(batch)
-        if published == pages * MANY:
-            relay.stop()
-        return receipts
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world.broker, "publish", publish_and_count)
-        await relay.run()
-
-
-def is_of_a_page(statement: str) -> bool:
-    """Not of the lease, and not of what is looked for now and then."""
-    return "orderbus.outbox where" in statement
