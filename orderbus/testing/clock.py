@@ -80,7 +80,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return True
 
     def _deadlock(self) -> DeadlockError:
-        return DeadlockError(deadlock_text(sorted(_where(task) for task in asyncio.all_tasks(self))))
+        return DeadlockError(
+            deadlock_text(sorted(f"{task.get_name()} in {waiting_place(task)}" for task in asyncio.all_tasks(self)))
+        )
 
 
 class _JumpingSelector(selectors.BaseSelector):
@@ -128,10 +130,11 @@ def innermost_own(places: Sequence[str]) -> str:
     return (own or list(places) or ["an unknown place"])[-1]
 
 
-def _where(task: asyncio.Task[Any]) -> str:
+def waiting_place(task: asyncio.Task[Any]) -> str:
+    """Where a task waits: the innermost of its functions that is not inside a library, with file and line."""
     places = []
     awaited: Any = task.get_coro()
     while (frame := getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)) is not None:
         places.append(f"{frame.f_code.co_qualname}, {frame.f_code.co_filename}:{frame.f_lineno}")
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
-    return f"{task.get_name()} in {innermost_own(places)}"
+    return innermost_own(places)

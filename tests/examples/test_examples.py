@@ -31,6 +31,15 @@ def test_outbox_rolls_back_without_a_ghost_and_applies_each_payment_once(folder:
     assert lines[1].startswith("payments: [1, 2, 3], each once; tried again: 1, ")
 
 
+def test_simulate_finds_the_bug_of_the_careless_shop_and_none_in_the_other(folder: Path) -> None:
+    lines = run_program(ROOT / "examples" / "07_simulate.py", folder).splitlines()
+
+    assert lines[0].startswith("shop: 300 schedules with ")
+    assert lines[0].endswith(": no promise broken")
+    assert lines[1] == "careless_shop: a promise is broken:"
+    assert lines[-1] == lines[2].replace("  invariant", "replayed: invariant")
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_a_program_of_one_page(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 80
