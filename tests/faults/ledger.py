@@ -1,0 +1,150 @@
+"""The count at the end of a fault run: what was committed against what the servers hold. Pure; tests/faults/test_ledger.py plants bugs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What one committed transaction said of one event."""
+
+    key: str
+    seq: int
+    is_parked: bool = False
+    """Its handler parks it on purpose."""
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """A message in a dead letter queue; `n` is None where the body is no event of the run."""
+
+    queue: str
+    reason: str
+    n: int | None
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What each source of truth holds when everything is quiet.
+
+    `placed` and `applied`: a number for each row of effect. `trail`: key, seq and n in the order in which they were written; None where
+    nobody followed. `noted`: effects outside any database, a number each; None where nobody noted. `unpublished`: rows of the outbox
+    and stuck ones. `unhandled`: messages in queues that are no dead letter queues. `strangers`: reasons of letters that the run sent to
+    be parked, with their number. `most_repeated`: how many may come again; None where docs/guarantees.md sets no bound.
+    """
+
+    committed: Mapping[int, Source]
+    placed: Sequence[int]
+    applied: Sequence[int]
+    trail: Sequence[tuple[str, int, int]] | None = None
+    noted: Sequence[int] | None = None
+    letters: Sequence[Letter] = ()
+    unpublished: int = 0
+    unhandled: int = 0
+    strangers: Mapping[str, int] = {}
+    most_repeated: int | None = None
+
+
+class Count(msgspec.Struct, frozen=True, kw_only=True):
+    """All but `sent`, `parked` and `repeated` must be 0. `repeated` are letters and outside effects that came again.
+
+    That is not promised: docs/guarantees.md, "When a process dies", says when they may.
+    """
+
+    sent: int
+    parked: int
+    lost: int
+    doubled: int
+    ghosts: int
+    disordered: int
+    innocents_parked: int
+    repeated: int
+    words: tuple[str, ...] = ()
+    """One line for each kind of violation, with the first numbers."""
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.words
+
+
+def count(facts: Facts) -> Count:
+    """Compare. Every violation is counted once, and named in `words`."""
+    words: list[str] = []
+    committed = set(facts.committed)
+    parks = {n for n, source in facts.committed.items() if source.is_parked}
+    guilty, innocents = _letters(facts, parks)
+    repeated = sum(letter.n in parks for letter in facts.letters) - len(guilty)
+
+    def found(what: str, numbers: Sequence[object]) -> int:
+        if numbers:
+            words.append(f"{len(numbers)} {what}: {', '.join(map(str, numbers[:5]))}{' …' if len(numbers) > 5 else ''}")
+        return len(numbers)
+
+    lost = found("lost, never placed", sorted(committed - parks - set(facts.placed)))
+    lost += found("lost, never applied", sorted(committed - parks - set(facts.applied)))
+    lost += found("lost, never parked", sorted(parks - guilty))
+    doubled = found("placed twice", _again(facts.placed)) + found("applied twice", _again(facts.applied))
+    ours = {letter.n for letter in facts.letters if letter.n is not None and letter.reason not in facts.strangers}
+    everywhere = {*facts.placed, *facts.applied, *ours}
+    disordered = 0
+    if facts.trail is not None:
+        followed = [n for _, _, n in facts.trail]
+        lost += found("lost, never followed", sorted(committed - set(followed)))
+        doubled += found("followed twice", _again(followed))
+        disordered = found("followed out of order", list(_disordered(facts.trail)))
+        everywhere.update(followed)
+    if facts.noted is not None:
+        lost += found("lost, never noted", sorted(committed - set(facts.noted)))
+        repeated += len(facts.noted) - len(set(facts.noted))
+        everywhere.update(facts.noted)
+    ghosts = found("ghosts", sorted(everywhere - committed))
+    wrongly_applied = found("handled and parked", sorted(parks & {*facts.placed, *facts.applied}))
+    if facts.most_repeated is not None and repeated > facts.most_repeated:
+        words.append(f"{repeated} letters or outside effects came again; {facts.most_repeated} may")
+    if facts.unpublished:
+        words.append(f"{facts.unpublished} rows left in the outbox")
+    if facts.unhandled:
+        words.append(f"{facts.unhandled} messages left in queues")
+    return Count(
+        sent=len(committed),
+        parked=len(facts.letters),
+        lost=lost,
+        doubled=doubled + wrongly_applied,
+        ghosts=ghosts,
+        disordered=disordered,
+        innocents_parked=found("innocents parked", innocents) + _strangers(facts, words),
+        repeated=repeated,
+        words=tuple(words),
+    )
+
+
+def _letters(facts: Facts, parks: set[int]) -> tuple[set[int], list[str]]:
+    """Which of those that must be parked are, and which letters should not be there."""
+    innocents = [
+        f"{letter.n} in {letter.queue} ({letter.reason})"
+        for letter in facts.letters
+        if letter.n not in parks and letter.reason not in facts.strangers
+    ]
+    return {letter.n for letter in facts.letters if letter.n is not None} & parks, innocents
+
+
+def _strangers(facts: Facts, words: list[str]) -> int:
+    """How many letters are missing or too many among those that had to come."""
+    seen = Counter(letter.reason for letter in facts.letters)
+    wrong = {reason: (wanted, seen[reason]) for reason, wanted in facts.strangers.items() if seen[reason] != wanted}
+    words.extend(f"{has} letters with the reason {reason} instead of {wanted}" for reason, (wanted, has) in wrong.items())
+    return sum(abs(wanted - has) for wanted, has in wrong.values())
+
+
+def _again(numbers: Sequence[int]) -> list[int]:
+    return sorted(n for n, times in Counter(numbers).items() if times > 1)
+
+
+def _disordered(trail: Sequence[tuple[str, int, int]]) -> Iterator[str]:
+    """Whatever follows on a later one of its key; a number that is missing or there twice is told of elsewhere."""
+    last: dict[str, int] = {}
+    for key, seq, n in trail:
+        if seq < last.get(key, 0):
+            yield f"{n} ({key}: {seq} after {last[key]})"
+        last[key] = max(seq, last.get(key, 0))

@@ -1,0 +1,91 @@
+"""The ledger finds what it is there to find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from tests.faults.ledger import Count, Facts, Letter, Source, count
+
+PARKED = 7
+COMMITTED = {n: Source(f"k{n % 3}", n // 3 + 1, n == PARKED) for n in range(12)}
+HANDLED = tuple(n for n in COMMITTED if n != PARKED)
+CLEAN = Facts(
+    committed=COMMITTED,
+    placed=HANDLED,
+    applied=HANDLED[::-1],
+    trail=[(source.key, source.seq, n) for n, source in COMMITTED.items()],
+    noted=tuple(COMMITTED),
+    letters=[Letter("q.dlq", "asked-for", PARKED)],
+)
+
+
+def swapped(trail: Any, one: int, other: int) -> list[tuple[str, int, int]]:
+    trail = list(trail)
+    trail[one], trail[other] = trail[other], trail[one]
+    return trail
+
+
+def test_a_run_in_which_nothing_went_wrong_is_clean() -> None:
+    assert count(CLEAN) == Count(
+        sent=12, parked=1, lost=0, doubled=0, ghosts=0, disordered=0, innocents_parked=0, repeated=0, words=()
+    )
+
+
+def test_keys_may_overtake_each_other() -> None:
+    assert count(replace(CLEAN, trail=swapped(CLEAN.trail, 0, 1))).is_clean
+
+
+PLANTED: dict[str, tuple[dict[str, Any], str]] = {
+    "lost-effect": ({"placed": HANDLED[1:]}, "lost"),
+    "lost-follow-up": ({"applied": HANDLED[1:]}, "lost"),
+    "lost-on-the-trail": ({"trail": list(CLEAN.trail or ())[:-1]}, "lost"),
+    "lost-note": ({"noted": HANDLED}, "lost"),
+    "lost-letter": ({"letters": []}, "lost"),
+    "doubled-effect": ({"placed": (*HANDLED, 3)}, "doubled"),
+    "doubled-follow-up": ({"applied": (*HANDLED, 3)}, "doubled"),
+    "doubled-on-the-trail": ({"trail": [*(CLEAN.trail or ()), ("k2", 4, 11)]}, "doubled"),
+    "parked-and-handled": ({"placed": (*HANDLED, PARKED)}, "doubled"),
+    "ghost-effect": ({"placed": (*HANDLED, 1_000_010)}, "ghosts"),
+    "ghost-follow-up": ({"applied": (*HANDLED, 1_000_010)}, "ghosts"),
+    "ghost-on-the-trail": ({"trail": [*(CLEAN.trail or ()), ("ghost", 0, 1_000_010)]}, "ghosts"),
+    "ghost-note": ({"noted": (*COMMITTED, 1_000_010)}, "ghosts"),
+    "swapped-pair": ({"trail": swapped(CLEAN.trail, 0, 3)}, "disordered"),
+    "innocent-parked": ({"letters": [*CLEAN.letters, Letter("q.dlq", "retries-exhausted", 3)]}, "innocents_parked"),
+    "stranger-missing": ({"strangers": {"malformed-properties": 1}}, "innocents_parked"),
+    "stranger-too-many": (
+        {"letters": [*CLEAN.letters, *[Letter("q.dlq", "bad-body", None)] * 2], "strangers": {"bad-body": 1}},
+        "innocents_parked",
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_violation_is_found_and_is_the_only_one(planted: str) -> None:
+    changes, kind = PLANTED[planted]
+
+    found = count(replace(CLEAN, **changes))
+
+    assert {name: getattr(found, name) for name in ("lost", "doubled", "ghosts", "disordered", "innocents_parked")} == {
+        "lost": 0, "doubled": 0, "ghosts": 0, "disordered": 0, "innocents_parked": 0, kind: 1,
+    }  # fmt: skip
+    assert len(found.words) == 1
+
+
+@pytest.mark.parametrize("what", ["unpublished", "unhandled"])
+def test_what_is_left_behind_is_no_clean_end(what: str) -> None:
+    assert not count(replace(CLEAN, **{what: 1})).is_clean
+
+
+@pytest.mark.parametrize("again", [{"noted": (*COMMITTED, 3)}, {"letters": [*CLEAN.letters, *CLEAN.letters]}])
+def test_an_outside_effect_or_a_letter_that_comes_again_is_told_and_is_no_violation(again: dict[str, Any]) -> None:
+    found = count(replace(CLEAN, **again))
+
+    assert (found.repeated, found.is_clean) == (1, True)
+
+
+@pytest.mark.parametrize(("most", "is_clean"), [(0, False), (1, True)])
+def test_more_that_comes_again_than_the_scenario_allows_is_a_violation(most: int, is_clean: bool) -> None:
+    assert count(replace(CLEAN, noted=(*COMMITTED, 3), most_repeated=most)).is_clean == is_clean
