@@ -8,6 +8,8 @@ SECONDS ?= 20
 KILL ?=
 SEED ?=
 BYTES ?= 10000000
+ONLY ?=
+ROUNDS ?= 1
 
 .DEFAULT_GOAL := help
 
@@ -48,12 +50,20 @@ bench-setup: $(VENV)/.bench-ready ## Install the peers that the bench compares w
 fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))
 
+.PHONY: faults
+faults: setup ## Break everything, and count: ONLY=part,of,names SEED= ROUNDS=1
+	$(BIN)/python -m tests.faults --rounds $(ROUNDS) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
 .PHONY: check
 check: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.PHONY: audit
+audit: setup ## Known vulnerabilities of what is installed; says so where they can't be looked up
+	$(BIN)/python -m tests.security.audit
 
 .PHONY: format
 format: setup ## Format and sort imports

@@ -14,6 +14,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
+from orderbus._core.outbox_rows import Handled, HeldRow, OutboxStats, RowsWanted
 from orderbus._core.topology import Topology
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Deferred",
     "InboxEntry",
     "Incoming",
+    "OutboxDesk",
     "OutboxPage",
     "OutboxRow",
     "OutboxStore",
@@ -182,8 +184,10 @@ class OutboxStore(Protocol):
     async def lease(self, owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
         """Renew this relay's buckets and take its fair share; `keep=[]` gives all back. The buckets now held."""
 
-    async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
-        """Rows of these buckets above the floor, by id, at most `limit`; an empty page says that there are none.
+    async def read(
+        self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
+    ) -> OutboxPage:
+        """Rows of these buckets above the floor, up to the id `up_to` if given, by id, at most `limit`; an empty page: there are none.
 
         Rows whose key has a stuck row are not among them, and move behind it into the stuck table: of what a read leaves out
         nothing may stay in the outbox, or the floor would pass it.
@@ -195,8 +199,30 @@ class OutboxStore(Protocol):
     async def set_aside(self, stuck: Sequence[Stuck]) -> None:
         """Move rows to the stuck table (or renew them there)."""
 
-    async def due(self, buckets: Sequence[int], limit: int) -> Sequence[OutboxRow]:
-        """Move scheduled rows that are due into the outbox; return stuck rows whose next try is due, at most one per key."""
+    async def due(self, buckets: Sequence[int], limit: int, limit_bytes: int) -> Sequence[OutboxRow]:
+        """Move scheduled rows that are due into the outbox; return stuck rows whose next try is due, and those behind them.
+
+        Of each key only where its first stuck row is due, and in their order; at most `limit`, and bodies of `limit_bytes` but for one.
+        """
+
+
+class OutboxDesk(Protocol):
+    """What a person needs of the database: to see what has not gone out, and to try or discard it."""
+
+    async def rows(self, wanted: RowsWanted, limit: int | None = None) -> Sequence[HeldRow]:
+        """The oldest rows that are wanted, at most `limit`."""
+
+    async def stats(self) -> OutboxStats:
+        """How many there are, since when, why, and which relays hold the buckets; all of one moment."""
+
+    async def retry(self, row_ids: Sequence[int]) -> frozenset[int]:
+        """Let stuck rows be tried now; those that were. Not one that has an earlier stuck row of its key before it."""
+
+    async def discard(self, rows: Sequence[HeldRow]) -> frozenset[UUID]:
+        """Delete stuck and scheduled rows for good; the events that were. What waited behind them goes on: at once, in its order."""
+
+    async def handled(self, event_id: UUID) -> Sequence[Handled]:
+        """Which consumers have handled an event, as far as the inbox remembers."""
 
 
 class Store(Protocol):

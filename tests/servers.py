@@ -105,18 +105,17 @@ def start_postgres(stack: ExitStack) -> str:
 
 
 def start_redis(stack: ExitStack) -> str:
-    program = _program("redis-server", "redis-server")
+    redis_server = program("redis-server", "redis-server")
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="orderbus-redis-"))
     port = free_port()
-    arguments = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+    arguments = [redis_server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
     _run(stack, arguments, {}, f"redis://127.0.0.1:{port}/", folder)
     return f"redis://127.0.0.1:{port}/"
 
 
 def start_rabbit(stack: ExitStack) -> Rabbit:
     """A RabbitMQ node of one's own, with its data in a temporary folder."""
-    server = _program("rabbitmq-server", "rabbitmq-server")
-    server = next((f"{place}/rabbitmq-server" for place in ERLANG_BINARIES if Path(place, "rabbitmq-server").exists()), server)
+    server = rabbitmq_server()
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="orderbus-rabbit-", ignore_cleanup_errors=True))
     port, distribution = free_port(), free_port()
     node = f"orderbus-{port}@localhost"
@@ -135,11 +134,17 @@ def start_rabbit(stack: ExitStack) -> Rabbit:
     url = f"amqp://guest:guest@127.0.0.1:{port}/"
     _run(stack, [server], environment, url, folder)
     rabbit = Rabbit(url, node, folder)
-    _await_startup(rabbit)
+    await_startup(rabbit)
     return rabbit
 
 
-def _await_startup(rabbit: Rabbit) -> None:
+def rabbitmq_server() -> str:
+    """The program itself: Debian's wrapper around it changes the user."""
+    wrapper = program("rabbitmq-server", "rabbitmq-server")
+    return next((f"{place}/rabbitmq-server" for place in ERLANG_BINARIES if Path(place, "rabbitmq-server").exists()), wrapper)
+
+
+def await_startup(rabbit: Rabbit) -> None:
     """The port is open before the node says that it runs, and until then `await_startup` may fail at once."""
     deadline = time.monotonic() + START_S
     while True:
@@ -172,7 +177,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _program(name: str, package: str) -> str:
+def program(name: str, package: str) -> str:
     """A program of this machine, installed from Debian's packages where that is possible."""
     for attempt in range(2):
         found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/lib/rabbitmq/bin")

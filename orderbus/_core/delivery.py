@@ -71,7 +71,7 @@ class Batch(Generic[E_co]):
 
 
 class State(enum.Enum):
-    """Where a delivery is. The last three are final: the broker has been told."""
+    """Where a delivery is. The last four are final: the broker has been told."""
 
     __hash__ = object.__hash__  # the enum's own is Python code, and every step looks into the table
 
@@ -82,6 +82,7 @@ class State(enum.Enum):
     ACKED = "acked"
     RELEASED = "released"
     REJECTED = "rejected"
+    DEAD_LETTERED = "dead-lettered"
 
 
 class Step(enum.Enum):
@@ -97,6 +98,7 @@ class Step(enum.Enum):
     FINISH = "finish"
     GIVE_BACK = "give back"
     REJECT = "reject"
+    DEAD_LETTER = "dead-letter"
 
 
 TRANSITIONS: dict[tuple[State, Step], State] = {
@@ -111,6 +113,7 @@ TRANSITIONS: dict[tuple[State, Step], State] = {
     (State.LEAVING, Step.FINISH): State.ACKED,
     (State.LEAVING, Step.GIVE_BACK): State.RELEASED,
     (State.LEAVING, Step.REJECT): State.REJECTED,
+    (State.LEAVING, Step.DEAD_LETTER): State.DEAD_LETTERED,
 }
 """Every step a delivery can take. What is not in the table is a bug: nothing is settled twice, nothing acked before it is safe."""
 

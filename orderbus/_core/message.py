@@ -68,6 +68,15 @@ class Settlement(enum.Enum):
     """Given back politely (basic.nack with requeue): not a failure of the message."""
     REJECT = "reject"
     """Failed, and could not be moved elsewhere (basic.reject with requeue): counts towards the delivery limit."""
+    DEAD_LETTER = "dead-letter"
+    """No client could move it: the broker does (basic.reject), as it is, to where the queue says; away where it says nothing."""
+
+
+class BodyNotKept(MessageError):
+    """The body was larger than the adapter takes or sends, and was passed over. Only the broker still has it."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("body-too-large", detail)
 
 
 class Incoming:

@@ -62,6 +62,9 @@ class Wanted(msgspec.Struct, frozen=True):
     errors: tuple[str, ...] = ()
     handlers: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+    """Name and value of a header of the message's own; unlike in the other lists, every one of them must match."""
     since_s: float | None = None
     """Parked at this Unix time or later. A letter that does not say when it was parked is not among them."""
     before_s: float | None = None
@@ -72,6 +75,8 @@ class Wanted(msgspec.Struct, frozen=True):
             and _one_of(self.errors, parked.error)
             and _one_of(self.handlers, parked.handler)
             and (not self.ids or _id(parked.event_id) in map(_id, self.ids))
+            and _one_of(self.keys, parked.key)
+            and all(_one_of((value,), _shown(parked.headers.get(name))) for name, value in self.headers)
             and (self.since_s is None or (parked.parked_at_s is not None and parked.parked_at_s >= self.since_s))
             and (self.before_s is None or (parked.parked_at_s is not None and parked.parked_at_s < self.before_s))
         )
@@ -168,6 +173,13 @@ def _text(headers: Headers, name: str) -> str | None:
 def _seconds(headers: Headers, name: str) -> float | None:
     value = headers.get(name)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _shown(value: HeaderValue) -> str | None:
+    """A header's value as people write it; None for one that can't be compared with a text, as for one that is not there."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (str, int, float)) else None
 
 
 def _one_of(patterns: tuple[str, ...], value: str | None) -> bool:

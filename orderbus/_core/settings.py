@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 from msgspec import Meta
 
+from orderbus._core.signing import masked_keys, signing_keys
 from orderbus.errors import SettingsError
 
 PREFIX = "ORDERBUS_"
@@ -50,6 +51,8 @@ class Settings:
     """Rows that the relay reads, publishes and deletes at a time."""
     relay_lease_s: Annotated[float, Meta(ge=1, le=300)] = 3.0
     """How long a relay owns its buckets without renewing, in seconds."""
+    signing_keys: str | None = None
+    """`ID:BASE64,…`: signs what is emitted with the first key, and parks what none of them has signed."""
 
     def __new__(cls, **given: object) -> Settings:
         """Remembers which fields were given: no value could tell a given default from one left out (a Struct can't define this)."""
@@ -81,6 +84,10 @@ class Settings:
                 mistakes.append(f"{PREFIX}{name.upper()}={_shown(name, value)}: {error}")
         settings = cls(**checked)
         mistakes += settings._url_mistakes()
+        try:
+            signing_keys(settings.signing_keys)
+        except ValueError as error:
+            mistakes.append(f"{PREFIX}SIGNING_KEYS: {error}")
         if mistakes:
             raise SettingsError(mistakes)
         return settings
@@ -126,6 +133,8 @@ def masked(url: str) -> str:
 
 
 def _shown(name: str, value: object) -> str:
+    if name == "signing_keys" and value is not None:
+        return repr(masked_keys(value) if isinstance(value, str) else "***")
     return repr(masked(value) if name.endswith("_url") and isinstance(value, str) else value)
 
 

@@ -18,6 +18,7 @@ from orderbus._core.handler import Handler, Plan
 from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, NOT_BEFORE, Headers, HeaderValue, Incoming, header_bytes
 from orderbus._core.policy import LONGEST_DELAY_S
+from orderbus._core.signing import SigningKeys
 from orderbus.errors import MessageError, UsageError
 
 MOST_HEADERS = 48
@@ -27,15 +28,18 @@ _ADDED = ("ob-", "x-death", "x-delivery-count", "x-first-death-", "x-last-death-
 
 
 class Route:
-    """A handler made ready for one of its topics: its plan and the decoder."""
+    """A handler made ready for one of its topics: its plan, the decoder, and the keys where messages must be signed."""
 
-    __slots__ = ("decoder", "handler", "plan", "topic")
+    __slots__ = ("decoder", "handler", "plan", "signing", "topic")
 
-    def __init__(self, handler: Handler, plan: Plan, event: type[Event], *, limit_bytes: int) -> None:
+    def __init__(
+        self, handler: Handler, plan: Plan, event: type[Event], *, limit_bytes: int, signing: SigningKeys | None = None
+    ) -> None:
         self.handler = handler
         self.plan = plan
         self.topic = event_type(event).topic
         self.decoder = BodyDecoder(event, limit_bytes=limit_bytes)
+        self.signing = signing
 
 
 class Work(msgspec.Struct, eq=False):
@@ -61,6 +65,8 @@ class Work(msgspec.Struct, eq=False):
     """Run it alone: it shared a transaction that failed."""
     crowded: bool = False
     """It has held back so many followers that the other keys would wait too."""
+    refusals: int = 0
+    """How often what it became could not be published."""
     yields: bool = False
     """It has been failing for so long that it may be parked for the sake of other keys."""
 
@@ -74,6 +80,8 @@ class Work(msgspec.Struct, eq=False):
                 raise MessageError("unknown-topic", f"topic {topic[:120]!r} is not handled by this queue ({', '.join(routes)})")
             route = next(iter(routes.values()))
         self.route = route
+        if route.signing is not None:
+            route.signing.check(route.topic, properties, self.incoming.body)
         headers = properties.headers
         if len(headers) > 16 or len(self.incoming.raw) > MOST_HEADER_BYTES:
             _check_size(headers)

@@ -15,6 +15,7 @@ from orderbus._core.policy import backoff_s
 from orderbus._core.topology import QueueNeed, Topology
 from orderbus._core.work import Route
 from orderbus._runtime.guard import Guard
+from orderbus._runtime.outage import Outage
 from orderbus._runtime.session import Session
 from orderbus._runtime.stats import Stats
 from orderbus.abc import Broker
@@ -59,6 +60,7 @@ class Consumer:
         self._stopping = anyio.Event()
         self.consuming = anyio.Event()
         """Set once the queue is consumed for the first time."""
+        self.outage = Outage()
         self.finished = 0
         """Deliveries that it is done with: handled, or confirmed to be elsewhere."""
         self.owes = False

@@ -12,12 +12,12 @@ from uuid import uuid4
 
 import anyio
 import sniffio
-from anyio.abc import TaskStatus
 
 from orderbus._core.codec import Format
 from orderbus._core.handler import Handler, Periodic, Plan, queue_needs
 from orderbus._core.message import Receipt
 from orderbus._core.settings import Settings
+from orderbus._core.signing import signing_keys
 from orderbus._core.topology import topology_for
 from orderbus._core.work import Route, check_tx_result
 from orderbus._runtime.calling import no_stray_cancellation
@@ -79,7 +79,8 @@ class Engine:
         self.draining = False
         self.stats = Stats()
         self.receipt: DrainReceipt | None = None
-        self.encoding = Encoding(form=form, limit_bytes=settings.max_body_bytes, clock=clock, rng=rng)
+        self._signing = signing_keys(settings.signing_keys)
+        self.encoding = Encoding(form=form, limit_bytes=settings.max_body_bytes, clock=clock, rng=rng, signing=self._signing)
 
     # Life
 
@@ -87,9 +88,11 @@ class Engine:
         async with AsyncExitStack() as stack:
             await self._open_adapters(stack)
             await stack.enter_async_context(self._host)
-            await self._host.start(self._live)
             failure: Exception | None = None
             try:
+                lives = anyio.Event()
+                self._host.start_soon(self._live, lives)  # not `start`: cancelled there, it waits for a shielded task
+                await lives.wait()
                 await self._start()
             except Exception as error:
                 failure = error  # raised outside of the task group, which would wrap it in a group
@@ -114,11 +117,11 @@ class Engine:
                 # The caller's own error goes on as it is: given to the task group, it would come out wrapped in a group.
                 await self._stack.__aexit__(None, None, None)
 
-    async def _live(self, *, task_status: TaskStatus[None]) -> None:
+    async def _live(self, lives: anyio.Event) -> None:
         """All tasks of the bus, shielded: where its `async with` is cancelled, the body ends at once and they are drained."""
         with self._life:
             async with anyio.create_task_group() as self._tasks:
-                task_status.started()
+                lives.set()
                 await anyio.sleep_forever()
 
     async def _open_adapters(self, stack: AsyncExitStack) -> None:
@@ -170,7 +173,7 @@ class Engine:
         )
         for need in needs:
             routes = {
-                topic: Route(handler, plan, event, limit_bytes=self._settings.max_body_bytes)
+                topic: Route(handler, plan, event, limit_bytes=self._settings.max_body_bytes, signing=self._signing)
                 for handler, plan in self._plans
                 if handler.queue == need.name
                 for topic, event in zip(handler.topics, handler.events, strict=True)
@@ -363,6 +366,9 @@ class Engine:
                 await self.store.maintain(self._settings.dedupe_window_s)
             except UnavailableError as error:
                 log.warning("the upkeep of inbox and outbox waits for the next hour: %s", error)
+            except UsageError as error:
+                log.info("this process leaves the upkeep of inbox and outbox to another: %s", error)
+                return
             await anyio.sleep(MAINTENANCE_EVERY_S)
 
 

@@ -292,8 +292,10 @@ class PortalOutbox:
     async def lease(self, owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
         return await self._portal.call(self._inner.lease, owner, lease_s, keep)
 
-    async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
-        return await self._portal.call(self._inner.read, buckets, floor, limit, limit_bytes)
+    async def read(
+        self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
+    ) -> OutboxPage:
+        return await self._portal.call(self._inner.read, buckets, floor, limit, limit_bytes, up_to)
 
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         return await self._portal.call(self._inner.delete, rows)
@@ -301,5 +303,5 @@ class PortalOutbox:
     async def set_aside(self, stuck: Sequence[Stuck]) -> None:
         await self._portal.call(self._inner.set_aside, stuck)
 
-    async def due(self, buckets: Sequence[int], limit: int) -> Sequence[OutboxRow]:
-        return await self._portal.call(self._inner.due, buckets, limit)
+    async def due(self, buckets: Sequence[int], limit: int, limit_bytes: int) -> Sequence[OutboxRow]:
+        return await self._portal.call(self._inner.due, buckets, limit, limit_bytes)

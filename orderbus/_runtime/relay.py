@@ -113,15 +113,85 @@ class Relay:
         if not self._buckets:
             return 0
         buckets = sorted(self._buckets)
-        found = 0
-        if now >= self._due_at:
-            self._due_at = now + DUE_EVERY_S
-            due = await self._outbox.due(buckets, self._batch)
-            if due:
-                found = await self._publish(due)
+        found = await self._relay_due(buckets) if now >= self._due_at else 0
+        known = self._floor.mark()
         page = await self._outbox.read(buckets, self._floor.value, self._batch, READ_BYTES)
         self._floor.read(xmin=page.xmin, last_id=page.last_id, lowest_id=page.rows[0].id if page.rows else None)
-        return found + (await self._publish(page.rows) if page.rows else 0)
+        return found + await self._relay(page.rows, buckets, known)
+
+    async def _relay_due(self, buckets: Sequence[int]) -> int:
+        """Publish stuck rows whose time has come, and those that waited behind them as long as all get out.
+
+        For half of the time at most, since all other keys wait meanwhile.
+        """
+        began, count = anyio.current_time(), 0
+        self._due_at = began + DUE_EVERY_S
+        while due := await self._outbox.due(buckets, self._batch, READ_BYTES):
+            sent = await self._publish(due)
+            await self._settle(sent, sent.gone)
+            count += len(sent.gone) + len(sent.stuck)
+            if not sent.is_whole or self._stopping or anyio.current_time() >= began + DUE_EVERY_S / 2:
+                break
+        return count
+
+    async def _relay(self, rows: Sequence[OutboxRow], buckets: Sequence[int], known: int) -> int:
+        """Publish a page and what follows it, as long as pages are full; how many rows that was.
+
+        While a full page is published, the one before is deleted and the next one is read: above the page under way, and no higher
+        than `known`, an id that was handed out before the first page was read. A row may still appear below the page under way, and
+        the next row of its key above; but that one gets its id once the first is committed, which was not when the first page was
+        read, so its id is above `known`: the next cycle finds both. The next page is of use only where the whole page got out.
+        """
+        count = 0
+        gone: list[OutboxRow] = []
+        sent = _Sent()
+        while rows:
+            if len(rows) < self._batch // 2 or rows[-1].id >= known:
+                sent, rows = await self._publish(rows), ()
+            else:
+                sent, rows, gone = await self._publish_and_read_on(rows, gone, buckets, known)
+            gone += sent.gone
+            count += len(sent.gone) + len(sent.stuck)
+            if not sent.is_whole or self._stopping or anyio.current_time() >= min(self._due_at, self._renew_at):
+                break
+        await self._settle(sent, gone)
+        return count
+
+    async def _settle(self, sent: _Sent, gone: Sequence[OutboxRow]) -> None:
+        if sent.stuck:
+            await self._outbox.set_aside(sent.stuck)
+        if gone:
+            await self._delete(gone)
+        if sent.failure is not None:
+            raise sent.failure
+
+    async def _publish_and_read_on(
+        self, rows: Sequence[OutboxRow], gone: Sequence[OutboxRow], buckets: Sequence[int], known: int
+    ) -> tuple[_Sent, Sequence[OutboxRow], list[OutboxRow]]:
+        """What became of `rows`; the page after them; and those of `gone` that could not be deleted."""
+        ahead: Sequence[OutboxRow] = ()
+        left = list(gone)
+        failure: UnavailableError | None = None
+
+        async def read_on() -> None:
+            nonlocal ahead, left, failure
+            try:
+                if left:
+                    await self._delete(left)
+                    left = []
+                ahead = (await self._outbox.read(buckets, rows[-1].id, self._batch, READ_BYTES, up_to=known)).rows
+            except UnavailableError as error:  # raised outside of the task group, which would wrap it in a group
+                failure = error
+
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(read_on)
+            sent = await self._publish(rows)
+        sent.failure = sent.failure or failure
+        return sent, ahead, left
+
+    async def _delete(self, rows: Sequence[OutboxRow]) -> None:
+        mark = self._floor.mark()
+        self._floor.deleted(mark, await self._outbox.delete(rows))
 
     async def _renew(self, now: float) -> None:
         """Counted from before the call: the database's lease ends no earlier than ours."""
@@ -134,45 +204,38 @@ class Relay:
             log.info("relay %s holds %d buckets", self._owner, len(held))
         self._buckets = held
 
-    async def _publish(self, rows: Sequence[OutboxRow]) -> int:
-        """Publish rows in rounds of one a key, each round once the one before is confirmed; delete what is out. How many that was.
+    async def _publish(self, rows: Sequence[OutboxRow]) -> _Sent:
+        """Publish rows in rounds of one a key, each round once the one before is confirmed.
 
         Rounds, because a key with many rows would else cost a read and a delete for each, and fill the pages of all other keys.
         """
+        sent = _Sent()
         left = list(rows)
-        gone: list[OutboxRow] = []
-        stuck: list[Stuck] = []
         waiting: set[str] = set()  # keys whose row did not get out: their later rows stay behind it
-        failure: UnavailableError | None = None
-        while failure is None and (now := first_per_key(left, waiting)):
+        while sent.failure is None and (now := first_per_key(left, waiting)):
             if anyio.current_time() >= self._publish_until:
                 self._renew_at = 0.0
                 break
             try:
                 receipts = await self._broker.publish([outgoing_of(row) for row in now])
             except UnavailableError as error:
-                failure = error
+                sent.failure = error
                 break
             unanswered = sum(receipt is Receipt.UNKNOWN for receipt in receipts)
             if unanswered:
-                failure = UnavailableError(f"{unanswered} events were published without an answer")
+                sent.failure = UnavailableError(f"{unanswered} events were published without an answer")
             for row, receipt in zip(now, receipts, strict=True):
-                if self._is_out(row, receipt, stuck):
-                    gone.append(row)
+                if self._is_out(row, receipt, sent.stuck):
+                    sent.gone.append(row)
                 elif row.key is not None:
                     waiting.add(row.key)
             done = {row.id for row in now}
             left = [row for row in left if row.id not in done]
             if self._stopping:
                 break
-        if stuck:
-            await self._outbox.set_aside(stuck)
-        if gone:
-            mark = self._floor.mark()
-            self._floor.deleted(mark, await self._outbox.delete(gone))
-        if failure is not None:
-            raise failure
-        return len(gone) + len(stuck)
+        sent.is_whole = len(sent.gone) == len(rows)
+        _tell(sent.stuck)
+        return sent
 
     def _is_out(self, row: OutboxRow, receipt: Receipt, stuck: list[Stuck]) -> bool:
         """Whether a row is done with; one that the broker would not take joins the stuck."""
@@ -184,9 +247,31 @@ class Relay:
             return True
         if receipt is not Receipt.UNKNOWN:
             self._stats.stuck += 1
-            log.error("event %s (%s) is stuck: %s; it is tried again", row.event_id, row.topic, receipt.value)
             stuck.append(Stuck(row, receipt.value, stuck_retry_s(row.attempts + 1, self._rng.random())))
         return False
+
+
+def _tell(stuck: Sequence[Stuck]) -> None:
+    """A line for each topic and reason: a queue that is gone makes thousands stuck for one."""
+    alike: dict[tuple[str, str], list[OutboxRow]] = {}
+    for one in stuck:
+        alike.setdefault((one.row.topic, one.reason), []).append(one.row)
+    for (topic, reason), rows in alike.items():
+        others = f" and {len(rows) - 1} more are" if len(rows) > 1 else " is"
+        log.error("event %s (%s)%s stuck: %s; tried again", rows[0].event_id, topic, others, reason)
+
+
+class _Sent:
+    """What became of a page: the rows that are out, and those that the broker would not take."""
+
+    __slots__ = ("failure", "gone", "is_whole", "stuck")
+
+    def __init__(self) -> None:
+        self.gone: list[OutboxRow] = []
+        self.stuck: list[Stuck] = []
+        self.is_whole = False
+        """Whether all rows are out, so that what follows them may go."""
+        self.failure: UnavailableError | None = None
 
 
 def outgoing_of(row: OutboxRow) -> Outgoing:

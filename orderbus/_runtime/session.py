@@ -7,6 +7,7 @@ unacknowledged and uncounted.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import anyio
 from orderbus._core.delivery import Delivery, State, Step
 from orderbus._core.handler import ORDERED_RETRY_LIMIT_S
 from orderbus._core.leaving import error_text, parked_message, retry_message
-from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
+from orderbus._core.message import BodyNotKept, Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.policy import Again, Parked, backoff_s, bare, decide
 from orderbus._core.work import AnyOrder, KeyOrder, Work
 from orderbus._runtime.guard import DUPLICATE, HANDLED, Guard, delivery_of
@@ -39,7 +40,12 @@ SHORTEST_PACE_S, LONGEST_PACE_S = 0.005, 0.05
 more loaded the machine, the fuller the units, instead of a transaction for every few messages. An idle worker begins at once."""
 PATIENCE_S = 2.0
 """For so long the head of a key may be retried while its followers fill the prefetch, and so hold up other keys."""
-FINAL_STEPS = {Step.FINISH: Settlement.ACK, Step.GIVE_BACK: Settlement.RELEASE, Step.REJECT: Settlement.REJECT}
+FINAL_STEPS = {
+    Step.FINISH: Settlement.ACK,
+    Step.GIVE_BACK: Settlement.RELEASE,
+    Step.REJECT: Settlement.REJECT,
+    Step.DEAD_LETTER: Settlement.DEAD_LETTER,
+}
 
 
 class Session:
@@ -58,6 +64,10 @@ class Session:
         self._closed = False
         self._closing = anyio.Event()
         self._lost = False
+        self._leaving: list[tuple[Work, Outgoing]] = []
+        self._refused: list[tuple[float, Work, Outgoing]] = []
+        self._leaving_changed = anyio.Event()
+        self._workers_are_gone = False
         self.running = 0
         self.received = False
 
@@ -67,17 +77,21 @@ class Session:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._timer)
             with self._working:
-                async with anyio.create_task_group() as workers:
-                    for _ in range(self._c.concurrency):
-                        workers.start_soon(self._worker)
-                    try:
-                        with self._receiving:
-                            await self._receive()
-                    except UnavailableError as error:
-                        lost = error
-                        self._lost = True
-                        self._working.deadline = anyio.current_time() + LOST_SESSION_GRACE_S
-                    await self._close()
+                async with anyio.create_task_group() as leaving:
+                    leaving.start_soon(self._leave)
+                    async with anyio.create_task_group() as workers:
+                        for _ in range(self._c.concurrency):
+                            workers.start_soon(self._worker)
+                        try:
+                            with self._receiving:
+                                await self._receive()
+                        except UnavailableError as error:
+                            lost = error
+                            self._lost = True
+                            self._working.deadline = anyio.current_time() + LOST_SESSION_GRACE_S
+                        await self._close()
+                    self._workers_are_gone = True
+                    self._leaving_changed.set()
             tasks.cancel_scope.cancel()
         if lost is not None:
             raise lost
@@ -138,7 +152,7 @@ class Session:
                 await self._unit(unit)
             except BaseException:
                 for work in unit:
-                    if work.state in (State.RUNNING, State.LEAVING):
+                    if work.state is State.RUNNING:
                         self._give_back(work)
                 raise
             finally:
@@ -178,6 +192,12 @@ class Session:
             try:
                 if not work.solo:
                     work.read(self._c.routes, now_s=now, window_s=self._env.window_s)
+            except BodyNotKept as error:
+                log.error("queue %s: a message is rejected into the dead letters: %s", self._c.queue, error)
+                self._stats.parked += 1
+                work.take(Step.LEAVE)
+                self._settle(work, Step.DEAD_LETTER)
+                continue
             except MessageError as error:
                 leaving.append(self._park(work, error.reason, error))
                 continue
@@ -187,10 +207,13 @@ class Session:
             readable.append(work)
         for guard, works in self._by_guard(readable):
             await self._attempt(guard, works, leaving)
-        self._wake_workers()
         if leaving:
-            await self._leave(leaving)
-            self._wake_workers()
+            for work, _ in leaving:
+                work.take(Step.LEAVE)
+            self.running += len(leaving)
+            self._leaving += leaving
+            self._leaving_changed.set()
+        self._wake_workers()
 
     def _by_guard(self, works: Sequence[Work]) -> list[tuple[Guard, list[Work]]]:
         if not works:
@@ -211,6 +234,8 @@ class Session:
                     await self._attempt(guard, [work], leaving)
                 return
             outcomes = [error] * len(works)
+        if outcomes[0] is HANDLED:
+            self._c.outage.passed(works[0].route.handler.consumer)
         for work, outcome in zip(works, outcomes, strict=True):
             if outcome is HANDLED or outcome is DUPLICATE:
                 if outcome is HANDLED:
@@ -251,7 +276,10 @@ class Session:
             work.solo = work.solo or work.failures >= SOLO_AFTER
             self._stats.waited += 1
             delay_s = 0.0 if isinstance(error, TransientError) else backoff_s(work.failures, jitter=self._env.rng.random())
-            log.warning("%s: event %s: %s; again in %.1f s", handler.consumer, work.id, _brief(error), delay_s)
+            if isinstance(error, TransientError):
+                log.warning("%s: event %s: %s; again at once", handler.consumer, work.id, _brief(error))
+            else:
+                self._c.outage.met(handler.consumer, work.id, _brief(error), delay_s)
             self._wait(work, delay_s)
             return
         self._stats.failed += 1
@@ -313,31 +341,55 @@ class Session:
     def _later(self, work: Work, delay_s: float, *, counted: bool) -> tuple[Work, Outgoing]:
         return work, retry_message(work, delay_s, counted=counted, now_s=self._env.clock())
 
-    async def _leave(self, leaving: list[tuple[Work, Outgoing]]) -> None:
-        """Publish, and acknowledge what is confirmed. What can't be published stays here and is tried again."""
-        for work, _ in leaving:
-            work.take(Step.LEAVE)
-        for tries in range(1, PUBLISH_TRIES + 1):
-            try:
-                receipts = await self._env.broker.publish([outgoing for _, outgoing in leaving])
-            except UnavailableError as error:
-                log.warning("queue %s: retries and dead letters can't be published: %s", self._c.queue, error)
-                receipts = [Receipt.UNKNOWN] * len(leaving)
-            left = []
-            for (work, outgoing), receipt in zip(leaving, receipts, strict=True):
-                if receipt is Receipt.CONFIRMED:
-                    self._settle(work, Step.FINISH)
-                else:
-                    left.append((work, outgoing))
-            if not left or self._lost:
-                return
-            leaving = left
-            await anyio.sleep(backoff_s(tries, jitter=self._env.rng.random()))
-            if any(receipt in (Receipt.UNROUTABLE, Receipt.UNKNOWN) for receipt in receipts):
-                await self._reapply()
-        for work, outgoing in leaving:
-            log.error("queue %s: message %s can't be moved to %s", self._c.queue, _name(work.incoming), outgoing.routing_key)
-            self._settle(work, Step.REJECT)
+    async def _leave(self) -> None:
+        """Publish what leaves, and acknowledge what is confirmed. What can't be published stays here and is tried again.
+
+        It does so beside the workers: while an alarm keeps all publishes back, consuming goes on, for that may be what ends it.
+        """
+        try:
+            while not self._lost and not (self._workers_are_gone and not self._leaving and not self._refused):
+                now = anyio.current_time()
+                batch = self._leaving + [(work, outgoing) for due, work, outgoing in self._refused if due <= now]
+                if batch:
+                    self._leaving = []
+                    self._refused = [one for one in self._refused if one[0] > now]
+                    await self._publish(batch)
+                    self._wake_workers()
+                    continue
+                self._leaving_changed = anyio.Event()
+                with anyio.move_on_after(min((due for due, _, _ in self._refused), default=math.inf) - now):
+                    await self._leaving_changed.wait()
+        finally:
+            for work in (*(work for work, _ in self._leaving), *(work for _, work, _ in self._refused)):
+                self._give_back(work)
+
+    async def _publish(self, leaving: Sequence[tuple[Work, Outgoing]]) -> None:
+        try:
+            receipts = await self._env.broker.publish([outgoing for _, outgoing in leaving])
+        except UnavailableError as error:
+            log.warning("queue %s: retries and dead letters can't be published: %s", self._c.queue, error)
+            receipts = [Receipt.UNKNOWN] * len(leaving)
+        except BaseException:
+            self._leaving = [*leaving, *self._leaving]
+            raise
+        for (work, outgoing), receipt in zip(leaving, receipts, strict=True):
+            if receipt is Receipt.CONFIRMED:
+                self.running -= 1
+                self._settle(work, Step.FINISH)
+            else:
+                self._refuse(work, outgoing)
+        if not self._lost and any(receipt in (Receipt.UNROUTABLE, Receipt.UNKNOWN) for receipt in receipts):
+            await self._reapply()
+
+    def _refuse(self, work: Work, outgoing: Outgoing) -> None:
+        work.refusals += 1
+        if work.refusals < PUBLISH_TRIES:
+            due = anyio.current_time() + backoff_s(work.refusals, jitter=self._env.rng.random())
+            self._refused.append((due, work, outgoing))
+            return
+        log.error("queue %s: message %s can't be moved to %s", self._c.queue, _name(work.incoming), outgoing.routing_key)
+        self.running -= 1
+        self._settle(work, Step.REJECT)
 
     async def _reapply(self) -> None:
         """Somebody deleted the queue that it should go to: declare it again."""
@@ -364,4 +416,9 @@ def _name(incoming: Incoming) -> str:
 
 
 def _brief(error: BaseException | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {error_text(error)[:200]}"
+    """For the log; the dead letter has the whole text. A MessageError quotes the body, and PostgreSQL a row's values from line 2 on."""
+    if error is None:
+        return ""
+    if isinstance(error, MessageError):
+        return "its dead letter says what is wrong"
+    return f"{type(error).__name__}: {error_text(error).partition(chr(10))[0][:200]}"

@@ -12,6 +12,7 @@ from orderbus._core.codec import CONTENT_TYPES, Format, encode
 from orderbus._core.event import Event, event_key, event_type
 from orderbus._core.ids import uuid7
 from orderbus._core.message import VERSION
+from orderbus._core.signing import SIGNATURE, SigningKeys
 from orderbus._core.topology import bucket_of
 from orderbus.abc import Deferred, InboxEntry, OutboxRow, Transaction
 from orderbus.errors import UsageError
@@ -24,15 +25,24 @@ MOST_KEY_BYTES = 200
 
 
 class Encoding:
-    """How a bus turns events into outbox rows: its format, its limit, its clock."""
+    """How a bus turns events into outbox rows: its format, its limit, its clock, its keys where it signs."""
 
-    __slots__ = ("clock", "form", "limit_bytes", "rng")
+    __slots__ = ("clock", "form", "limit_bytes", "rng", "signing")
 
-    def __init__(self, *, form: Format, limit_bytes: int, clock: Callable[[], float], rng: random.Random) -> None:
+    def __init__(
+        self,
+        *,
+        form: Format,
+        limit_bytes: int,
+        clock: Callable[[], float],
+        rng: random.Random,
+        signing: SigningKeys | None = None,
+    ) -> None:
         self.form: Format = form
         self.limit_bytes = limit_bytes
         self.clock = clock
         self.rng = rng
+        self.signing = signing
 
     def row(self, event: Event, due_at: datetime | None = None) -> OutboxRow:
         """Raises UsageError for what is no event, has no topic, is too large, or is due at a time without a zone."""
@@ -43,14 +53,18 @@ class Encoding:
             raise UsageError(
                 f"event {type(event).__name__}: due_at={due_at!r} has no time zone; use datetime.now(timezone.utc) + …"
             )
+        body, content_type = encode(event, self.form, limit_bytes=self.limit_bytes), CONTENT_TYPES[self.form]
+        headers = {} if kind.version == 1 else {VERSION: str(kind.version)}
+        if self.signing is not None:
+            headers[SIGNATURE] = self.signing.sign(kind.topic, str(event_id), key, content_type, body)
         return OutboxRow(
             event_id=event_id,
             topic=kind.topic,
             key=key,
             bucket=bucket_of(key if key is not None else str(event_id)),
-            body=encode(event, self.form, limit_bytes=self.limit_bytes),
-            content_type=CONTENT_TYPES[self.form],
-            headers={} if kind.version == 1 else {VERSION: str(kind.version)},
+            body=body,
+            content_type=content_type,
+            headers=headers,
             unrouted=kind.unrouted,
             due_at_ms=None if due_at is None else int(due_at.timestamp() * 1000),
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import orderbus
-from orderbus.cli import check, describe, dlq, run, schema
+from orderbus.cli import check, describe, dlq, explain, outbox, run, schema
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,8 @@ app.command("describe", epilog=describe.EXAMPLE)(describe.describe)
 app.command("check", epilog=check.EXAMPLE)(check.check)
 app.add_typer(schema.app, name="schema")
 app.add_typer(dlq.app, name="dlq")
+app.add_typer(outbox.app, name="outbox")
+app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 
 
 def _version(wanted: bool) -> None:

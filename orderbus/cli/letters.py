@@ -34,8 +34,8 @@ def brief_data(letter: Parked) -> dict[str, Any]:
         "topic": letter.topic,
         "key": letter.key,
         "attempts": letter.attempts,
-        "first_failed_at": _time(letter.first_failed_at_s),
-        "parked_at": _time(letter.parked_at_s),
+        "first_failed_at": utc_time(letter.first_failed_at_s),
+        "parked_at": utc_time(letter.parked_at_s),
         "size_bytes": len(letter.body),
         "readable": letter.raw_properties is None,
     }
@@ -120,7 +120,7 @@ def _utf8(body: bytes) -> str | None:
         return None
 
 
-def _time(seconds: float | None) -> str | None:
+def utc_time(seconds: float | None) -> str | None:
     moment = _moment(seconds)
     return None if moment is None else moment.isoformat(timespec="milliseconds")
 

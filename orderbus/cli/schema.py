@@ -16,7 +16,7 @@ from orderbus.cli.loading import settings_without_broker
 from orderbus.cli.output import print_json
 from orderbus.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="The tables of orderbus in ORDERBUS_DATABASE_URL: print, apply or check them.")
+app = typer.Typer(no_args_is_help=True, help="The tables of orderbus in ORDERBUS_DATABASE_URL: print, apply, check, keep up.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
@@ -59,6 +59,16 @@ def check(as_json: AsJson = False) -> None:
         raise typer.Exit(ExitCode.FINDINGS)
 
 
+@app.command(epilog="Example: 17 3 * * * orderbus schema upkeep")
+@clear_errors
+def upkeep() -> None:
+    """Make the inbox's partitions of the coming days, and drop those outside ORDERBUS_DEDUPE_WINDOW_S, as the tables' owner.
+
+    Every bus whose role owns the tables does so each hour. Where none does, run it once a day.
+    """
+    typer.echo(f"{anyio.run(_upkeep)}: is kept up")
+
+
 async def _apply() -> tuple[str, list[int]]:
     async with _database() as (where, store):
         return where, await store.apply_schema()
@@ -71,6 +81,13 @@ async def _check() -> tuple[str, str | None]:
         except UsageError as error:
             return where, str(error)
         return where, None
+
+
+async def _upkeep() -> str:
+    async with _database() as (where, store):
+        await store.check()
+        await store.maintain(settings_without_broker().dedupe_window_s)
+        return where
 
 
 @asynccontextmanager

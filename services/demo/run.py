@@ -227,7 +227,7 @@ class Run:
         return self._span("max(finished_at)")
 
     def _span(self, end: str) -> float:
-        row = self._connection.execute(f"select extract(epoch from {end} - min(placed_at)) from orders").fetchone()
+        row = self._connection.execute(f"select extract(epoch from {end} - min(placed_at)) from orders").fetchone()  # noqa: S608 - of constants alone
         return max(float(row[0] or 0) if row else 0.0, 0.001)
 
     def _from_receipts(self) -> tuple[int, int]:

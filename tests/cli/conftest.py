@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from orderbus.cli.app import app
+from tests.rabbitmq.conftest import delete_queue
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0
@@ -56,6 +58,12 @@ class Project:
     def finish(self, *arguments: str) -> tuple[int, str, str]:
         """The command line as a process that ends by itself: exit code, stdout, stderr."""
         return ended(self.start(*arguments))
+
+
+async def delete_queues(broker: Any, *queues: str) -> None:
+    """A quorum queue holds three files open, and a node that has no more to open accepts no connection."""
+    for queue in queues:
+        await delete_queue(broker, queue)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:

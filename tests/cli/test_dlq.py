@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -17,7 +17,7 @@ from orderbus._core.message import ATTEMPT, NO_HEADERS, Headers, Outgoing, Recei
 from orderbus._core.topology import QueueNeed, topology_for
 from orderbus.abc import Broker
 from orderbus.adapters.rabbitmq import open_broker
-from tests.cli.conftest import LIMIT_S, Project
+from tests.cli.conftest import LIMIT_S, Project, delete_queues
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Letters:
 
 
 @pytest.fixture
-def letters(project: Project, vhost_url: str) -> Letters:
+def letters(project: Project, vhost_url: str) -> Iterator[Letters]:
     group = f"shop-{secrets.token_hex(4)}"
     project.write(SHOP.format(group=group))
     project.environment["ORDERBUS_BROKER_URL"] = vhost_url
@@ -102,7 +102,8 @@ def letters(project: Project, vhost_url: str) -> Letters:
         await broker.apply(topology_for([QueueNeed(found.queue, ("orders.placed",))]))
 
     found.on_broker(declare)
-    return found
+    yield found
+    found.on_broker(lambda broker: delete_queues(broker, found.queue, found.dlq))
 
 
 def lines(project: Project, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
@@ -209,7 +210,7 @@ class TestReplay:
     def test_the_chosen_go_back(self, project: Project, letters: Letters) -> None:
         letters.park(2)
         chosen = letters.park(2, {REASON: "rare"})
-        *told, done = lines(project, "replay", project.bus, "--reason", "rare")
+        *told, done = lines(project, "replay", project.bus, "--reason", "rare", "--yes")
         assert [(one["event"], one["id"], one["to"]) for one in told] == [("replayed", one, letters.queue) for one in chosen]
         assert (done["event"], done["replayed"], done["ready"]) == ("done", 2, 4)
         letters.settled_at(2, 2)
@@ -233,7 +234,7 @@ class TestReplay:
     def test_a_letter_nobody_could_read_is_refused_with_the_reason(self, project: Project, letters: Letters) -> None:
         letters.park(1, {RAW_PROPERTIES: b"\x00"})
         letters.park(1)
-        result = project.run("dlq", "replay", letters.queue, "--all")
+        result = project.run("dlq", "replay", letters.queue, "--all", "--yes")
         assert result.exit_code == 1
         assert "its properties could not be read" in result.stdout
         assert "1 replayed, 1 refused" in result.stdout
@@ -241,7 +242,7 @@ class TestReplay:
 
     def test_a_replay_that_is_killed_in_the_middle_loses_nothing(self, project: Project, letters: Letters) -> None:
         parked = letters.park(60)
-        process = project.start("dlq", "replay", letters.queue, "--all", "--rate", "50/s", "--json")
+        process = project.start("dlq", "replay", letters.queue, "--all", "--yes", "--rate", "50/s", "--json")
         assert process.stdout is not None
         for _ in range(7):
             assert json.loads(process.stdout.readline())["event"] == "replayed"
@@ -249,7 +250,7 @@ class TestReplay:
         process.wait(LIMIT_S)
         back: list[str | None] = []
         for _ in range(100):  # what the dead process held comes back when the broker has noticed
-            assert lines(project, "replay", letters.queue, "--all")[-1]["failed"] == 0
+            assert lines(project, "replay", letters.queue, "--all", "--yes")[-1]["failed"] == 0
             back += letters.taken(letters.queue)
             if set(back) == set(parked):
                 break

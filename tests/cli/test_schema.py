@@ -63,3 +63,21 @@ def test_the_broker_need_not_be_known(project: Project) -> None:
     result = project.run("schema", "check")
     assert "ORDERBUS_DATABASE_URL is not set" in result.stderr
     assert "BROKER" not in result.stderr
+
+
+@pytest.mark.servers
+def test_upkeep_needs_the_schema_and_makes_the_coming_days_partitions(project: Project, database_url: str) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    before = project.run("schema", "upkeep")
+    assert before.exit_code == 2
+    assert "run `orderbus schema apply`" in before.stderr
+    project.run("schema", "apply")
+    with psycopg.connect(database_url) as connection:
+        connection.execute("do $$ begin execute (select 'drop table orderbus.' || max(relname) from pg_class "
+            "where relname like 'inbox_2%' and relkind = 'r'); end $$")  # fmt: skip
+        connection.commit()
+        count = "select count(*) from pg_inherits where inhparent = 'orderbus.inbox'::regclass"
+        assert connection.execute(count).fetchone() == (9,)
+        connection.commit()
+        assert project.run("schema", "upkeep").stdout.strip().endswith("is kept up")
+        assert connection.execute(count).fetchone() == (10,)

@@ -62,8 +62,8 @@ async def server(broker_flavour: tuple[str, Any], request: pytest.FixtureRequest
         async with memory.open_broker(url, name=name) as broker:
             yield Server(
                 connect=lambda: memory.open_broker(url, name=name),
-                delete_queue=_later(broker.delete_queue),
-                drop_connections=_later(broker.drop_connections),
+                delete_queue=later(broker.delete_queue),
+                drop_connections=later(broker.drop_connections),
             )
     else:
         yield _rabbitmq(request.getfixturevalue("rabbit"), request.getfixturevalue("vhost_url"), name)
@@ -75,7 +75,7 @@ async def broker(server: Server) -> AsyncIterator[Broker]:
         yield broker
 
 
-def _later(act: Callable[..., None]) -> Callable[..., Awaitable[None]]:
+def later(act: Callable[..., None]) -> Callable[..., Awaitable[None]]:
     async def later(*arguments: str) -> None:
         act(*arguments)
 

@@ -152,6 +152,23 @@ async def test_beyond_the_delivery_limit_a_message_is_dead_lettered_and_its_neig
     assert parked.properties.headers["x-first-death-queue"] == name
 
 
+async def test_what_is_dead_lettered_by_its_consumer_is_moved_as_it_is_and_its_neighbours_stay(broker: Broker, name: str) -> None:
+    dead = f"{name}-dead"
+    await declare(broker, Queue(name, dead_letter_exchange="", dead_letter_routing_key=dead), Queue(dead))
+    await send(broker, name, ["good", "bad", "fine"])
+
+    async with broker.subscribe(name, prefetch=3) as subscription:
+        for delivery in await take(subscription, 3):
+            subscription.settle(delivery, Settlement.DEAD_LETTER if delivery.body == b"bad" else Settlement.ACK)
+        (parked,) = await drain(broker, dead, 1)
+        await subscription.flush()
+    depth = await broker.depth(name)
+
+    assert depth == 0
+    assert parked.body == b"bad"
+    assert _deaths(parked) == [(name, "rejected", 1)]
+
+
 async def test_without_a_dead_letter_exchange_the_delivery_limit_drops(broker: Broker, name: str) -> None:
     await declare(broker, Queue(name, delivery_limit=1))
     await send(broker, name, ["bad", "good"])

@@ -223,6 +223,7 @@ async def test_a_read_is_bounded_by_bucket_floor_rows_and_bytes(store: Store) ->
 
     assert texts(await waiting(store, buckets=[1])) == ["1" * 10, "3" * 10, "5" * 10]
     assert await waiting(store, buckets=[2]) == []
+    assert texts((await store.outbox.read(list(ALL), every[0].id, 10, 1000, up_to=every[2].id)).rows) == ["1" * 10, "2" * 10]
     assert await waiting(store, buckets=[]) == []
     assert await waiting(store, floor=every[3].id) == every[4:]
     assert await waiting(store, limit=2) == every[:2]
@@ -246,7 +247,7 @@ async def test_a_stuck_row_holds_back_its_key_and_nobody_else(store: Store) -> N
     await emit(store, row("a2", key="a"), row("b2", key="b"))
 
     assert texts(await waiting(store)) == ["b1", "none", "b2"]
-    assert list(await store.outbox.due(list(ALL), 10)) == []
+    assert list(await store.outbox.due(list(ALL), 10, 1 << 30)) == []
 
 
 async def test_a_stuck_row_is_tried_when_due_and_its_followers_come_after_it(store: Store) -> None:
@@ -257,7 +258,8 @@ async def test_a_stuck_row_is_tried_when_due_and_its_followers_come_after_it(sto
     attempts: list[int] = []
 
     for _ in range(3):
-        (due,) = await store.outbox.due(list(ALL), 10)
+        due, *behind = await store.outbox.due(list(ALL), 10, 1 << 30)
+        assert texts(behind) == ["a1", "a2", "a3"][len(tried) + 1 :]
         tried.append(due.body.decode())
         attempts.append(due.attempts)
         await store.outbox.delete([due])
@@ -275,7 +277,7 @@ async def test_a_row_that_is_set_aside_again_counts_its_attempts(store: Store) -
 
     for _ in range(3):
         await store.outbox.set_aside([Stuck(found, "refused", 0)])
-        (found,) = await store.outbox.due(list(ALL), 10)
+        (found,) = await store.outbox.due(list(ALL), 10, 1 << 30)
         attempts.append(found.attempts)
 
     assert attempts == [1, 2, 3]
@@ -285,7 +287,7 @@ async def test_a_row_that_only_a_person_can_help_is_never_due(store: Store) -> N
     await emit(store, row("x"))
     await store.outbox.set_aside([Stuck((await waiting(store))[0], "too large", None)])
 
-    assert list(await store.outbox.due(list(ALL), 10)) == []
+    assert list(await store.outbox.due(list(ALL), 10, 1 << 30)) == []
     assert await waiting(store) == []
 
 
@@ -293,9 +295,10 @@ async def test_stuck_rows_without_a_key_do_not_wait_for_each_other(store: Store)
     await emit(store, row("1"), row("2", bucket=1))
     await store.outbox.set_aside([Stuck(found, "unroutable", 0) for found in await waiting(store)])
 
-    assert texts(await store.outbox.due([1], 10)) == ["2"]
-    assert sorted(texts(await store.outbox.due(list(ALL), 10))) == ["1", "2"]
-    assert len(await store.outbox.due(list(ALL), 1)) == 1
+    assert texts(await store.outbox.due([1], 10, 1 << 30)) == ["2"]
+    assert sorted(texts(await store.outbox.due(list(ALL), 10, 1 << 30))) == ["1", "2"]
+    assert len(await store.outbox.due(list(ALL), 1, 1 << 30)) == 1
+    assert len(await store.outbox.due(list(ALL), 10, 1)) == 1
 
 
 async def test_a_row_that_was_deleted_meanwhile_is_not_set_aside(store: Store) -> None:
@@ -305,7 +308,7 @@ async def test_a_row_that_was_deleted_meanwhile_is_not_set_aside(store: Store) -
 
     await store.outbox.set_aside([Stuck(found, "unroutable", 0)])
 
-    assert list(await store.outbox.due(list(ALL), 10)) == []
+    assert list(await store.outbox.due(list(ALL), 10, 1 << 30)) == []
 
 
 async def test_scheduled_rows_come_out_when_due_and_no_sooner(store: Store) -> None:
@@ -313,7 +316,7 @@ async def test_scheduled_rows_come_out_when_due_and_no_sooner(store: Store) -> N
     await emit(store, row("future", due_at_ms=now_ms + 3_600_000), row("past", due_at_ms=now_ms - 1000), row("now"))
     assert texts(await waiting(store)) == ["now"]
 
-    await store.outbox.due(list(ALL), 10)
+    await store.outbox.due(list(ALL), 10, 1 << 30)
 
     assert texts(await waiting(store)) == ["now", "past"]
 

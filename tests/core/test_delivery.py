@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from orderbus import InvariantError
 from orderbus._core.delivery import TRANSITIONS, State, Step, step
 
-FINAL = {State.ACKED, State.RELEASED, State.REJECTED}
+FINAL = {State.ACKED, State.RELEASED, State.REJECTED, State.DEAD_LETTERED}
 
 
 @pytest.mark.parametrize(("state", "taken"), sorted(product(State, Step), key=str))

@@ -59,4 +59,4 @@ async def test_keys_that_ran_out_take_no_room_for_ever() -> None:
         await claims.claim([(f"{i}-{j}", "f") for j in range(100)], "a", 10)
         await anyio.sleep(1)
 
-    assert len(claims._table.claims) <= 2048
+    assert len(claims.table.claims) <= 2048

@@ -53,10 +53,10 @@ async def test_a_scheduled_row_follows_virtual_time(store: MemoryStore) -> None:
     await (await store.begin()).commit([], [_row(1, due_at_ms=int((time.time() + 86_400) * 1000))])
 
     await anyio.sleep(86_000)
-    await store.outbox.due(ALL, 10)
+    await store.outbox.due(ALL, 10, 1 << 30)
     assert [row.event_id.int for row in store.outbox.scheduled()] == [1]
     await anyio.sleep(500)
-    await store.outbox.due(ALL, 10)
+    await store.outbox.due(ALL, 10, 1 << 30)
 
     assert store.outbox.scheduled() == []
     assert [row.event_id.int for row in store.outbox.rows()] == [1]
@@ -67,9 +67,9 @@ async def test_a_stuck_row_is_due_when_its_time_has_come(store: MemoryStore) -> 
     await store.outbox.set_aside([Stuck(store.outbox.rows()[0], "unroutable", 60)])
 
     await anyio.sleep(59)
-    assert await store.outbox.due(ALL, 10) == []
+    assert await store.outbox.due(ALL, 10, 1 << 30) == []
     await anyio.sleep(1)
-    (due,) = await store.outbox.due(ALL, 10)
+    (due,) = await store.outbox.due(ALL, 10, 1 << 30)
 
     assert due.event_id.int == 1
     assert [(stuck.reason, stuck.retry_in_s) for stuck in store.outbox.stuck()] == [("unroutable", 0.0)]
@@ -144,6 +144,6 @@ async def test_a_row_from_before_a_stuck_one_of_its_key_is_not_stuck_for_ever(st
     await store.outbox.set_aside([Stuck(store.outbox.rows()[1], "refused", None)])
 
     assert (await store.outbox.read(ALL, 0, 10, 1000)).rows == []
-    (due,) = await store.outbox.due(ALL, 10)
+    (due,) = await store.outbox.due(ALL, 10, 1 << 30)
 
     assert due.event_id.int == 1

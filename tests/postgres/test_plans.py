@@ -121,14 +121,14 @@ async def test_what_is_due(large: Large, wire: Wire, store: PostgresStore, bucke
     """What is due in the buckets of other relays is read over."""
 
     async def due(run: int) -> None:
-        assert len(await store.outbox.due(buckets, MANY)) == MANY
+        assert len(await store.outbox.due(buckets, MANY, 1 << 30)) == MANY
 
     await check_runs(large, wire, due, rows=MANY, read=DUE)
 
 
 async def test_stuck_rows_are_tried_again_and_published(large: Large, wire: Wire, store: PostgresStore) -> None:
     async def try_again(run: int) -> None:
-        due = await store.outbox.due(ALL, MANY)
+        due = await store.outbox.due(ALL, MANY, 1 << 30)
         await store.outbox.set_aside([Stuck(row, "unroutable", 3600.0) for row in due[1::2]])
         await store.outbox.delete(due[::2])
 

@@ -272,7 +272,8 @@ async def test_a_page_of_the_relay_is_read_and_deleted(world: World, wire: Wire,
     await run_relay(world, tapped, pages=pages)
 
     wire.trips[:] = [trip for trip in wire.trips if any(map(is_of_a_page, trip.statements))]
-    check(wire, trips=2 * pages, statements=2 * pages)
+    deletes = pages - 1  # the last two pages go together
+    check(wire, trips=pages + deletes, statements=pages + deletes)
 
 
 async def test_a_lease_is_renewed(wire: Wire, tapped: PostgresStore) -> None:
@@ -282,7 +283,7 @@ async def test_a_lease_is_renewed(wire: Wire, tapped: PostgresStore) -> None:
 
 
 async def test_what_is_due_is_found_at_once(wire: Wire, tapped: PostgresStore) -> None:
-    await counted(wire, lambda: tapped.outbox.due(ALL, MANY))
+    await counted(wire, lambda: tapped.outbox.due(ALL, MANY, 1 << 30))
 
     check(wire, trips=1, statements=2)
 

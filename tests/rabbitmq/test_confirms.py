@@ -82,6 +82,13 @@ def test_a_batch_answered_while_it_is_sent_is_done_once_it_is_whole() -> None:
     assert batch.receipts == [Receipt.CONFIRMED] * 2
 
 
+GIVEN_BACK = {
+    (BASIC_NACK, 2): Settlement.RELEASE,
+    (BASIC_REJECT, 1): Settlement.REJECT,
+    (BASIC_REJECT, 0): Settlement.DEAD_LETTER,
+}
+
+
 class Queue:
     """What RabbitMQ does with settlement frames: an unknown tag closes the channel."""
 
@@ -97,9 +104,8 @@ class Queue:
                 tags = {other for other in self.open if other <= tag} if bits else {tag}
                 self.settled.update(dict.fromkeys(tags, Settlement.ACK))
             else:
-                assert (method, bits) in {(BASIC_NACK, 2), (BASIC_REJECT, 1)}
                 tags = {tag}
-                self.settled[tag] = Settlement.RELEASE if method == BASIC_NACK else Settlement.REJECT
+                self.settled[tag] = GIVEN_BACK[method, bits]
             self.open -= tags
 
 

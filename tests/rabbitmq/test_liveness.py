@@ -12,13 +12,15 @@ import msgspec
 import pytest
 
 from orderbus._core.message import Outgoing, Receipt, Settlement
-from orderbus.adapters.rabbitmq import RabbitBroker
+from orderbus._core.topology import Topology
+from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
 from orderbus.adapters.rabbitmq.address import HEARTBEAT_S, parse_address
 from orderbus.adapters.rabbitmq.connection import CONNECT_S, Connection
 from orderbus.adapters.rabbitmq.frames import HEARTBEAT, Sink
 from orderbus.adapters.rabbitmq.publisher import CONFIRM_S
 from orderbus.errors import UnavailableError
-from tests.rabbitmq.conftest import Place
+from tests.rabbitmq.conftest import Place, have_closed
+from tests.servers import Rabbit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
@@ -210,3 +212,29 @@ async def test_a_publish_that_a_silent_server_does_not_even_read_is_given_up(vho
         assert connections(broker)[0].lost is not None
         line.revive()
         assert await broker.publish([message(place)]) == [Receipt.CONFIRMED]
+
+
+async def test_a_write_after_the_stream_was_ended_is_a_lost_connection_and_no_error(vhost_url: str) -> None:
+    """aiormq ends the stream when it sees that the broker has gone, a moment before it says so."""
+    connection = Connection(parse_address(vhost_url), "test")
+    await connection.connect(CONNECT_S)
+    writer = connection._transport.writer
+    assert writer is not None
+    writer.write_eof()
+
+    connection.write(b"whatever")
+
+    assert connection.lost == "the connection was closed"
+    await connection.close()
+
+
+async def test_a_lost_connection_is_told_of_without_a_traceback(
+    rabbit: Rabbit, vhost_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_broker(vhost_url, name="told") as broker:
+        await broker.apply(Topology())
+        await have_closed(rabbit, vhost_url, "told")
+
+    told = [record for record in caplog.records if record.name == "aiormq.connection"]
+    assert told
+    assert not any(record.exc_info for record in told)

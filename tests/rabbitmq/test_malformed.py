@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import pytest
 
-from orderbus._core.message import Outgoing, Receipt
-from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
-from orderbus.adapters.rabbitmq.encoder import PublishEncoder
+from orderbus._core.message import BodyNotKept, Receipt, Settlement
+from orderbus._core.topology import Queue, Topology
+from orderbus.adapters.rabbitmq import RabbitBroker
 from orderbus.errors import MessageError
-from tests.rabbitmq.conftest import Place
+from tests.rabbitmq.conftest import Place, delete_queue
+from tests.rabbitmq.strangers import Raw, publish_raw, stranger
 from tests.rabbitmq.test_consuming import ACK, REJECT, fill, numbers, ready, take, take_all_settling
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -33,26 +33,6 @@ def deep_table() -> bytes:
     return struct.pack(">HI", 1 << 13, len(inner)) + inner
 
 
-class RawEncoder(PublishEncoder):
-    """Publishes the bodies of its messages as properties, unchecked."""
-
-    def encode(self, message: Outgoing, sequence: int) -> bytes:
-        if not message.body:
-            return super().encode(message, sequence)
-        frame = super().encode(Outgoing(message.exchange, message.routing_key, b"", "m", "t"), sequence)
-        method = frame[: struct.unpack_from(">xxxI", frame)[0] + 8]
-        payload = struct.pack(">HHQ", 60, 0, 0) + message.body
-        return method + struct.pack(">BHI", 2, self._channel, len(payload)) + payload + b"\xce"
-
-
-@asynccontextmanager
-async def stranger(vhost_url: str) -> AsyncIterator[RabbitBroker]:
-    async with open_broker(vhost_url, name="stranger") as broker:
-        publisher = await broker._ready_publisher()
-        publisher._encoder.__class__ = RawEncoder
-        yield broker
-
-
 @pytest.mark.parametrize("properties", [bad_id, far_timestamp, deep_table])
 async def test_a_malformed_message_harms_no_neighbour(
     broker: RabbitBroker, place: Place, vhost_url: str, properties: Callable[[], bytes]
@@ -60,7 +40,7 @@ async def test_a_malformed_message_harms_no_neighbour(
     raw = properties()
     await fill(broker, place.queue, 3)
     async with stranger(vhost_url) as other:
-        assert await other.publish([Outgoing("", place.queue, raw, "m", "t")]) == [Receipt.CONFIRMED]
+        assert await other.publish([Raw("", place.queue, b"", "m", "t", properties=raw)]) == [Receipt.CONFIRMED]
     await fill(broker, place.queue, 3)
     async with broker.subscribe(place.queue, prefetch=10) as subscription:
         deliveries = await take(subscription, 7)
@@ -83,7 +63,7 @@ async def test_a_malformed_message_harms_no_neighbour(
 
 async def test_a_malformed_message_at_the_head_is_met_by_the_probe(broker: RabbitBroker, place: Place, vhost_url: str) -> None:
     async with stranger(vhost_url) as other:
-        assert await other.publish([Outgoing("", place.queue, bad_id(), "m", "t")]) == [Receipt.CONFIRMED]
+        assert await other.publish([Raw("", place.queue, b"", "m", "t", properties=bad_id())]) == [Receipt.CONFIRMED]
     await fill(broker, place.queue, 1)
     async with broker.subscribe(place.queue, prefetch=1) as subscription:
         (bad,) = await subscription.receive()
@@ -94,3 +74,27 @@ async def test_a_malformed_message_at_the_head_is_met_by_the_probe(broker: Rabbi
         assert bad.redelivered
         subscription.settle(bad, ACK)
         assert numbers(await take_all_settling(subscription, 1)) == [0]
+
+
+async def test_a_body_beyond_what_can_be_sent_is_not_kept_and_moved_by_the_broker(
+    broker: RabbitBroker, place: Place, vhost_url: str
+) -> None:
+    """17 MiB: nobody could park it. Only who looks at dead letters holds it."""
+    body = bytes(17 * 1024 * 1024)
+    queue, dead = f"{place.queue}-large", f"{place.queue}-large.dlq"
+    await broker.apply(Topology(queues=(Queue(queue, dead_letter_exchange="", dead_letter_routing_key=dead), Queue(dead))))
+    await publish_raw(vhost_url, queue, [(b"\x00\x00", body)])
+
+    async with broker.subscribe(queue, prefetch=10) as subscription:
+        (large,) = await subscription.receive()
+        assert large.body == b""
+        with pytest.raises(BodyNotKept, match="the body takes 17825792 bytes, and was not kept: 16777216 is the limit"):
+            _ = large.properties
+        subscription.settle(large, Settlement.DEAD_LETTER)
+        async with broker.subscribe(dead, prefetch=10) as letters:
+            (letter,) = await letters.receive()
+            assert letter.body == body
+            letters.settle(letter, ACK)
+            await letters.flush()
+    for name in (queue, dead):
+        await delete_queue(broker, name)

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from orderbus._core.message import Outgoing, Receipt, Settlement
-from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
+from orderbus.adapters.rabbitmq import RabbitBroker, open_broker, publisher
 from tests.rabbitmq.conftest import Place, have_closed
 from tests.servers import Rabbit
 
@@ -91,6 +91,31 @@ async def test_what_can_t_be_sent_is_refused_and_its_neighbours_are_sent(broker:
     assert await broker.publish(batch) == [confirmed, refused, refused, confirmed]
     assert await broker.publish([message(place, headers={"n": math.inf})]) == [refused]
     assert await bodies(broker, place.queue, 2) == [b"first", b"last"]
+
+
+async def test_after_a_refusal_the_next_publish_has_a_new_channel_on_the_same_connection(
+    broker: RabbitBroker, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster, a channel of the moment in which a queue's leader died may refuse for ever: `make faults ONLY=cluster`."""
+    monkeypatch.setattr(publisher, "RENEW_S", 0.0)
+    full = f"{place.queue}-full"
+    channel = await (await broker._consuming_connection()).open_plain_channel()
+    limit = {"x-queue-type": "quorum", "x-max-length": 1, "x-overflow": "reject-publish"}
+    await channel.queue_declare(full, durable=True, arguments=limit)
+    to_full, to_other = Outgoing("", full, b"", "m", "t"), message(place)
+    try:
+        while Receipt.REFUSED not in await broker.publish([to_full, to_other]):
+            pass
+        before, connection = broker._publisher, broker._publishing
+        batches = [broker.publish([to_other]) for _ in range(3)]
+
+        assert await asyncio.gather(*batches) == [[Receipt.CONFIRMED]] * 3
+        assert (broker._publisher is before, broker._publishing is connection) == (False, True)
+        renewed = broker._publisher
+        assert await broker.publish([to_other]) == [Receipt.CONFIRMED]
+        assert broker._publisher is renewed
+    finally:
+        await channel.queue_delete(full)
 
 
 async def test_an_empty_batch_has_no_receipts(broker: RabbitBroker) -> None:

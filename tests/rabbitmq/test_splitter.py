@@ -201,7 +201,7 @@ def test_a_cancelled_consumer_is_seen_by_both_and_its_channel_lives() -> None:
 @pytest.mark.anyio
 async def test_content_alone_keeps_aiormq_s_clock_of_liveness_going() -> None:
     splitter, reader = FrameSplitter(), asyncio.StreamReader()
-    splitter.routes[CONTENT] = DeliverySink("q", 1, decode_properties, lambda: None)
+    splitter.routes[CONTENT] = DeliverySink("q", 1, decode_properties, lambda: None, 1 << 20)
     protocol = SplitProtocol(reader, splitter, lambda reason: None)
     protocol.is_ready = True
     now = protocol._fed_at

@@ -20,7 +20,7 @@ from orderbus.adapters.rabbitmq.confirms import Confirms, SentBatch
 from orderbus.adapters.rabbitmq.content import ConfirmSink, ConnectionSink, DeliverySink
 from orderbus.adapters.rabbitmq.encoder import PublishEncoder
 from orderbus.adapters.rabbitmq.fields import SEQUENCE, decode_properties
-from orderbus.adapters.rabbitmq.frames import FrameError, FrameSplitter, ack, nack_requeue, reject_requeue
+from orderbus.adapters.rabbitmq.frames import FrameError, FrameSplitter, ack, nack_requeue, reject
 from orderbus.adapters.rabbitmq.settlements import Settlements
 
 CONSUMING, PUBLISHING, PLAIN = (3, 4), 5, 6
@@ -48,7 +48,7 @@ class Ours:
         self.splitter = FrameSplitter()
         self.blocked: list[str | None] = []
         self.splitter.routes[0] = ConnectionSink(self.blocked.append, self.blocked.append)
-        self.sinks = {number: DeliverySink("q", 1, decode_properties, lambda: None) for number in CONSUMING}
+        self.sinks = {number: DeliverySink("q", 1, decode_properties, lambda: None, 1 << 20) for number in CONSUMING}
         self.splitter.routes.update(self.sinks)
         confirms = Confirms()
         self.batches: list[SentBatch] = []
@@ -253,7 +253,7 @@ def test_channel_zero_refuses_a_text_longer_than_its_frame() -> None:
 def test_our_settlement_frames_are_those_of_pamqp(channel: int, tag: int, multiple: bool) -> None:
     assert [ack(channel, tag, multiple=multiple)] == marshal(channel, commands.Basic.Ack(tag, multiple))
     assert [nack_requeue(channel, tag)] == marshal(channel, commands.Basic.Nack(tag, multiple=False, requeue=True))
-    assert [reject_requeue(channel, tag)] == marshal(channel, commands.Basic.Reject(tag, requeue=True))
+    assert [reject(channel, tag, requeue=multiple)] == marshal(channel, commands.Basic.Reject(tag, requeue=multiple))
 
 
 @given(st.lists(st.sampled_from(Settlement), min_size=1, max_size=20), st.integers(1, 65535))
@@ -261,14 +261,20 @@ def test_pamqp_reads_settlements_in_the_order_that_gives_back_before_it_acks_all
     settlements = Settlements(channel)
     for tag, how in enumerate(hows, 1):
         settlements.add(tag, how)
-    data, left = settlements.take(), {Settlement.ACK: 0, Settlement.RELEASE: 0, Settlement.REJECT: 0}
+    data, left = settlements.take(), dict.fromkeys(Settlement, 0)
     open_tags = set(range(1, len(hows) + 1))
     while data:
         used, number, frame = pamqp.frame.unmarshal(data)
         data = data[used:]
         assert number == channel
         assert isinstance(frame, commands.Basic.Ack | commands.Basic.Nack | commands.Basic.Reject)
-        how = {"Basic.Ack": Settlement.ACK, "Basic.Nack": Settlement.RELEASE, "Basic.Reject": Settlement.REJECT}[frame.name]
+        match frame:
+            case commands.Basic.Ack():
+                how = Settlement.ACK
+            case commands.Basic.Nack():
+                how = Settlement.RELEASE
+            case _:
+                how = Settlement.REJECT if frame.requeue else Settlement.DEAD_LETTER
         last = frame.delivery_tag
         assert last is not None
         tags = {tag for tag in open_tags if tag <= last} if getattr(frame, "multiple", False) else {last}

@@ -17,8 +17,11 @@ from orderbus._runtime.dead_letters import DeadLetters, Outcome
 from orderbus._runtime.opening import open_broker
 from orderbus.abc import Broker
 from orderbus.adapters.memory import MemoryBroker
+from orderbus.adapters.rabbitmq import RabbitBroker
 from orderbus.errors import UnavailableError, UsageError
-from tests.rabbitmq.test_malformed import bad_id, stranger
+from tests.rabbitmq.conftest import delete_queue
+from tests.rabbitmq.strangers import Raw, stranger
+from tests.rabbitmq.test_malformed import bad_id
 
 pytestmark = pytest.mark.anyio
 
@@ -55,6 +58,9 @@ async def broker(url: str, queue: str) -> AsyncIterator[Broker]:
         async with open_broker(url, name="tests") as broker:
             await broker.apply(topology_for([QueueNeed(queue, ("tests.happened",))]))
             yield broker
+            if isinstance(broker, RabbitBroker):
+                await delete_queue(broker, queue)
+                await delete_queue(broker, dead_letter_queue(queue))
 
 
 def letter(queue: str, *, reason: str = "broken", body: bytes = b"{}", headers: Headers = NO_HEADERS) -> Outgoing:
@@ -136,7 +142,7 @@ async def test_a_queue_that_does_not_exist_is_named(broker: Broker, queue: str) 
 
 
 async def test_a_second_look_at_the_same_time_ends(broker: Broker, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orderbus._runtime.dead_letters.QUIET_S", 0.2)
+    monkeypatch.setattr("orderbus._runtime.looking.QUIET_S", 0.2)
     await park(broker, [letter(queue) for _ in range(5)])
 
     async def before_somebody_else_took_them(name: str) -> int:
@@ -289,7 +295,7 @@ async def test_letters_with_malformed_properties_are_listed_and_refused(broker: 
     """Dead-lettered by the broker itself, so that nobody could put its bytes into a header."""
     (neighbour,) = await park(broker, [letter(queue)])
     async with stranger(url) as other:
-        assert await other.publish([Outgoing("", dead_letter_queue(queue), bad_id(), "m", "t")]) == [Receipt.CONFIRMED]
+        assert await other.publish([Raw("", dead_letter_queue(queue), b"", "m", "t", properties=bad_id())]) == [Receipt.CONFIRMED]
     listing = await DeadLetters(broker).list(dead_letter_queue(queue))
     assert ids(listing.letters) == [neighbour, None]
     assert listing.letters[1].reason == "malformed-properties"
@@ -307,11 +313,20 @@ async def test_letters_with_malformed_properties_are_listed_and_refused(broker: 
 @pytest.mark.parametrize("flavour", MEMORY, indirect=True)
 class TestWhenTheBrokerFails:
     async def test_what_is_not_confirmed_stays(self, broker: MemoryBroker, queue: str) -> None:
-        parked = await park(broker, [letter(queue) for _ in range(5)])
+        parked = await park(broker, [letter(queue, headers={KEY: f"k{n}"}) for n in range(5)])
         broker.refuse_publishes(2)
         replay = await DeadLetters(broker).replay(dead_letter_queue(queue))
         assert (replay.counts[Outcome.FAILED], replay.counts[Outcome.REPLAYED]) == (2, 3)
         assert ids((await DeadLetters(broker).list(dead_letter_queue(queue))).letters) == parked[:2]
+
+    async def test_none_overtakes_an_earlier_letter_of_its_key_that_was_refused(self, broker: MemoryBroker, queue: str) -> None:
+        parked = await park(broker, [letter(queue, headers={KEY: key}) for key in ("a", "b", "a", "b", "a")])
+        broker.refuse_publishes(1)
+        replay = await DeadLetters(broker).replay(dead_letter_queue(queue))
+        assert replay.counts[Outcome.FAILED] == 3
+        assert [one.properties.message_id for one in await drained(broker, queue)] == [parked[1], parked[3]]
+        await DeadLetters(broker).replay(dead_letter_queue(queue))
+        assert [one.properties.message_id for one in await drained(broker, queue)] == [parked[0], parked[2], parked[4]]
 
     async def test_a_connection_lost_in_the_middle_loses_nothing(self, broker: MemoryBroker, queue: str) -> None:
         parked = await park(broker, [letter(queue) for _ in range(20)])

@@ -140,6 +140,28 @@ async def test_a_message_that_can_not_be_parked_stays_until_it_can(world: World)
     assert receipt_of(bus).clean
 
 
+async def test_while_a_broker_takes_no_publish_the_others_are_handled_and_what_failed_waits(world: World) -> None:
+    """A memory alarm may end only when its queues are consumed; so those that can't leave must not keep the workers."""
+    bus, log = world.bus(), Log()
+
+    @bus.on(Placed, concurrency=1, prefetch=20, retry=Retry.none())
+    async def handle(event: Placed) -> None:
+        world.broker.block()
+        log(event.n)
+        if event.n % 10 == 0:
+            raise CardRefused
+
+    async with bus:
+        await world.broker.publish([world.message(Placed(order="a", n=n), new_id()) for n in range(60)])
+        await log.reached(60)
+        await anyio.sleep(3600)
+        assert (world.ready(), world.parked()) == (0, [])
+        world.broker.unblock()
+        await until(lambda: len(world.parked()) == 6)
+
+    assert sorted(log.lines) == list(range(60))
+
+
 async def test_a_message_that_can_not_be_moved_at_all_is_rejected_and_comes_again(world: World) -> None:
     bus, log = world.bus(), Log()
 
@@ -249,6 +271,34 @@ async def test_a_database_that_is_away_is_waited_for_without_counting(world: Wor
     assert world.parked() == []
     assert receipt_of(bus).stats.failed == 0
     assert receipt_of(bus).stats.waited > 40
+
+
+async def test_an_outage_is_told_of_once_for_all_that_wait_then_every_ten_seconds_and_at_its_end(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus, log, faults = world.bus(), Log(), StoreFaults(world.store)
+
+    @bus.on(Placed, retry=Retry.none(), fuse=10)
+    async def handle(event: Placed) -> None:
+        log(event.n)
+
+    async with bus:
+        for outage in (1, 2):
+            faults.is_away = True
+            for n in range(40):
+                await world.send(Placed(order="a", n=n))
+            await anyio.sleep(60)
+            faults.is_away = False
+            await log.reached(41 * outage - 1)
+            await anyio.sleep(5)
+            await world.send(Placed(order="a"))
+            await log.reached(41 * outage)
+
+    told = [record.getMessage() for record in caplog.records if record.name == "orderbus.consumer"]
+    assert 2 * 5 <= len(told) <= 2 * 8
+    assert "UnavailableError: the database is away; again in 0.1 s" in told[0]
+    assert "tries in 1" in told[1]
+    assert sum("goes on" in line for line in told) == 2
 
 
 async def test_an_outage_is_polled_with_back_off_and_not_spun_on(world: World) -> None:

@@ -40,7 +40,7 @@ async def open_broker(url: str, *, name: str) -> AsyncIterator[MemoryBroker]:
     A shared broker and its content live as long as somebody has it open. It belongs to the event loop that opened it first:
     opening it from another one raises UsageError. `name` says who connects, as on a real server; nothing here shows it.
     """
-    with _brokers.open(url) as broker:
+    with brokers.open(url) as broker:
         yield broker
 
 
@@ -81,7 +81,8 @@ class MemoryBroker:
     async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Receipt]:
         """Publish all; one receipt each, in order. Waits as long as the broker is blocked; a cancelled call may have published.
 
-        A message for an exchange that does not exist is UNROUTABLE.
+        A message for an exchange that does not exist is UNROUTABLE, and what follows it in the batch is lost, and UNKNOWN: the real
+        broker closes the channel over it.
         """
         await checkpoint_if_cancelled()
         connection = self._connection
@@ -90,10 +91,19 @@ class MemoryBroker:
             if connection != self._connection:
                 return [Receipt.UNKNOWN] * len(batch)
         self.expire()
-        routes = [self._route(message.exchange, message.routing_key) for message in batch]
         now = anyio.current_time()
-        receipts = [self._accept(message, queues, now) for message, queues in zip(batch, routes, strict=True)]
-        for queue in {queue for queues in routes for queue in queues}:
+        receipts: list[Receipt] = []
+        reached: dict[MemoryQueue, None] = {}  # in an order that is the same in every run
+        is_closed = False
+        for message in batch:
+            if is_closed:
+                receipts.append(Receipt.REFUSED if received_properties(message) is None else Receipt.UNKNOWN)
+                continue
+            queues = self._route(message.exchange, message.routing_key)
+            reached.update(dict.fromkeys(queues))
+            receipts.append(self._accept(message, queues, now))
+            is_closed = receipts[-1] is Receipt.UNROUTABLE and not self._router.has(message.exchange)
+        for queue in reached:
             queue.notify()
         await checkpoint()
         if connection != self._connection:
@@ -162,10 +172,16 @@ class MemoryBroker:
         self._confirms_to_lose = count
 
     def delete_queue(self, name: str) -> None:
-        """Delete a queue with all that is in it, unsettled or not; `receive` of its consumers raises UnavailableError."""
+        """Delete a queue with all that is in it, unsettled or not; `receive` of its consumers raises UnavailableError.
+
+        As on the real one, a consumer that is paused does not hear of it, unless it is a single active one.
+        """
         queue = self._queue(name)
         for subscription in queue.consumers:
-            self._discard(subscription.end(f"the broker cancelled the consumer of {name!r}: the queue was deleted"))
+            if subscription.is_paused and not queue.declared.single_active_consumer:
+                self._discard(subscription.forsake())
+            else:
+                self._discard(subscription.end(f"the broker cancelled the consumer of {name!r}: the queue was deleted"))
         queue.consumers.clear()
         self._discard([*queue, *(stored for stored, _ in queue.held)])
         del self._queues[name]
@@ -204,6 +220,10 @@ class MemoryBroker:
         if queue.next_expiry < self.next_expiry:
             self._expect_expiry(queue.next_expiry)
         queue.notify()
+
+    def reject(self, queue: MemoryQueue, stored: Stored) -> None:
+        """Dead-letter one for good."""
+        self._bury(queue, stored, "rejected", anyio.current_time())
 
     def forget(self, stored: Stored) -> None:
         self._size_bytes -= stored.size_bytes
@@ -296,4 +316,4 @@ class MemoryBroker:
         self.next_expiry = min((queue.next_expiry for queue in self._expiring), default=math.inf)
 
 
-_brokers = SharedByName("broker", MemoryBroker)
+brokers = SharedByName("broker", MemoryBroker)

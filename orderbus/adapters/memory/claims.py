@@ -27,8 +27,8 @@ async def open_claims(url: str, *, prefix: str = "") -> AsyncIterator[MemoryClai
 
     `prefix` keeps the keys of one user of a shared table apart from those of others.
     """
-    with _tables.open(url) as table:
-        yield MemoryClaims(table, prefix=prefix)
+    with tables.open(url) as claims:
+        yield claims.prefixed(prefix)
 
 
 class MemoryClaims:
@@ -39,15 +39,19 @@ class MemoryClaims:
     """
 
     def __init__(self, table: _Table | None = None, *, prefix: str = "", limit_keys: int = LIMIT_KEYS) -> None:
-        self._table = _Table() if table is None else table
+        self.table = _Table() if table is None else table
         self._prefix = prefix
         self._limit_keys = limit_keys
+
+    def prefixed(self, prefix: str) -> MemoryClaims:
+        """The same table for another user of it, whose keys are apart from those of others."""
+        return MemoryClaims(self.table, prefix=prefix, limit_keys=self._limit_keys)
 
     async def claim(self, keys: Sequence[tuple[str, str]], token: str, lease_ms: int) -> Sequence[ClaimAnswer]:
         """Claim (key, fingerprint) pairs; the token that holds a key already renews its lease."""
         await checkpoint()
         now = anyio.current_time()
-        self._table.make_room(now, len(keys), self._limit_keys)
+        self.table.make_room(now, len(keys), self._limit_keys)
         return [self._claim_one(self._prefix + key, fingerprint, token, now, lease_ms / 1000) for key, fingerprint in keys]
 
     async def complete(self, answers: Sequence[tuple[str, bytes]], token: str, keep_ms: int) -> Sequence[bool]:
@@ -69,12 +73,12 @@ class MemoryClaims:
         now = anyio.current_time()
         for key in keys:
             if self._held(key, token, now) is not None:
-                del self._table.claims[self._prefix + key]
+                del self.table.claims[self._prefix + key]
 
     def _claim_one(self, key: str, fingerprint: str, token: str, now: float, lease_s: float) -> ClaimAnswer:
-        claim = self._table.claims.get(key)
+        claim = self.table.claims.get(key)
         if claim is None or claim.until <= now:
-            self._table.claims[key] = _Claim(fingerprint, token, now + lease_s)
+            self.table.claims[key] = _Claim(fingerprint, token, now + lease_s)
             return _GRANTED
         if claim.fingerprint != fingerprint:
             return _MISMATCH
@@ -86,7 +90,7 @@ class MemoryClaims:
         return _GRANTED
 
     def _held(self, key: str, token: str, now: float) -> _Claim | None:
-        claim = self._table.claims.get(self._prefix + key)
+        claim = self.table.claims.get(self._prefix + key)
         if claim is None or claim.token != token or claim.answer is not None or claim.until <= now:
             return None
         return claim
@@ -120,4 +124,4 @@ class _Table:
             raise UnavailableError(f"the memory claims are full: {len(self.claims)} live keys of at most {limit_keys}")
 
 
-_tables = SharedByName("claims table", _Table)
+tables = SharedByName("claims table", MemoryClaims)

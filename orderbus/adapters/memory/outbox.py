@@ -74,15 +74,20 @@ class MemoryOutbox:
         self._leases.update((bucket, (owner, now + lease_s)) for bucket in plan)
         return plan
 
-    async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
+    async def read(
+        self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
+    ) -> OutboxPage:
         """Rows of these buckets above the floor, by id, at most `limit` and (but for the first) `limit_bytes` of bodies."""
         await checkpoint()
         rows: list[OutboxRow] = []
         behind: list[OutboxRow] = []
         size_bytes = 0
-        for row in heapq.merge(*(self._waiting[bucket].values() for bucket in set(buckets)), key=_id):
+        waiting = [self._waiting[bucket].values() for bucket in set(buckets) if self._waiting[bucket]]
+        for row in heapq.merge(*waiting, key=_id):
             if row.id <= floor:
                 continue
+            if up_to is not None and row.id > up_to:
+                break
             if self._stuck.holds_back(row.key):
                 behind.append(row)
                 continue
@@ -115,13 +120,25 @@ class MemoryOutbox:
             if self._waiting[row.bucket].pop(row.id, None) is not None or row.id in self._stuck:
                 self._stuck.put(row, item.reason, None if item.retry_in_s is None else now + item.retry_in_s)
 
-    async def due(self, buckets: Sequence[int], limit: int) -> Sequence[OutboxRow]:
-        """Move scheduled rows that are due into the outbox; return stuck rows whose next try is due, at most one per key."""
+    async def due(self, buckets: Sequence[int], limit: int, limit_bytes: int) -> Sequence[OutboxRow]:
+        """Move scheduled rows that are due into the outbox; return stuck rows whose next try is due, and those behind them."""
         await checkpoint()
         now = anyio.current_time()
         while self._scheduled and self._scheduled[0][0] <= (self._wall_s + now) * 1000:
             self._append(heapq.heappop(self._scheduled)[2])
-        return list(self._stuck.due(set(buckets), now))[:limit]
+        rows: list[OutboxRow] = []
+        size_bytes = 0
+        for row in self._stuck.due(set(buckets), now):
+            size_bytes += len(row.body)
+            if len(rows) == limit or (rows and size_bytes > limit_bytes):
+                break
+            rows.append(row)
+        return rows
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits, is scheduled, or is stuck."""
+        return not self._size_bytes
 
     def rows(self) -> list[OutboxRow]:
         """What waits to be published now, by id."""

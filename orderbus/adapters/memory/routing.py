@@ -37,6 +37,10 @@ class Router:
         for exchange, bindings in self._bindings.items():
             self._bindings[exchange] = {pair: None for pair in bindings if pair[1] != name}
 
+    def has(self, exchange: str) -> bool:
+        """Whether one may publish to it: the default exchange, or one that was declared."""
+        return exchange == "" or exchange in self.exchanges
+
     def route(self, exchange: str, routing_key: str) -> list[str]:
         """The names of the queues reached, each once, in the order of their bindings; none where nothing matches.
 

@@ -33,7 +33,7 @@ async def open_store(url: str) -> AsyncIterator[MemoryStore]:
 
     A shared store and its content live as long as somebody has it open, within one event loop.
     """
-    with _stores.open(url) as store:
+    with stores.open(url) as store:
         yield store
 
 
@@ -55,7 +55,7 @@ class MemoryStore:
         Where an open transaction holds one of them, waits for its end, as PostgreSQL does: a commit makes it a duplicate, a
         rollback leaves it to us. Raises TransientError after LOCK_TIMEOUT_S of that. A cancelled call leaves nothing.
         """
-        transaction = MemoryTransaction(self)
+        transaction = self.transaction()
         verdicts = [Verdict.NEW] * len(inbox)
         try:
             await checkpoint()
@@ -67,6 +67,10 @@ class MemoryStore:
             raise
         transaction.verdicts = verdicts
         return transaction
+
+    def transaction(self) -> MemoryTransaction:
+        """An open transaction that has entered nothing yet. A simulated store has transactions of its own kind."""
+        return MemoryTransaction(self)
 
     def enlist(self, connection: Any) -> MemoryTransaction:
         """Raises UsageError: there is no connection to enlist."""
@@ -174,4 +178,4 @@ class _Handled:
         self.at = at
 
 
-_stores = SharedByName("store", MemoryStore)
+stores = SharedByName("store", MemoryStore)

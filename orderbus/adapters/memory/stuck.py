@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 
 import msgspec
@@ -53,13 +54,20 @@ class StuckRows:
         return entry.row
 
     def due(self, buckets: Collection[int], now: float) -> Iterable[OutboxRow]:
-        """The rows to try now, longest due first: at most the first of each key."""
+        """The rows to try now, longest due first: the first of each key, then what is behind those, by id."""
         entries = [
             entry
             for entry in self._entries.values()
             if entry.retry_at is not None and entry.retry_at <= now and entry.row.bucket in buckets and self._is_first(entry.row)
         ]
-        return [entry.row for entry in sorted(entries, key=lambda entry: (entry.retry_at, entry.row.id))]
+        heads = [entry.row for entry in sorted(entries, key=lambda entry: (entry.retry_at, entry.row.id))]
+        return [*heads, *sorted((row for head in heads for row in self._behind(head)), key=lambda row: row.id)]
+
+    def _behind(self, head: OutboxRow) -> Iterable[OutboxRow]:
+        """What waits only because of it: up to a row that is stuck for a reason of its own."""
+        following = sorted(self._ids_by_key[head.key])[1:] if head.key is not None else ()
+        entries = (self._entries[row_id] for row_id in following)
+        return (entry.row for entry in itertools.takewhile(lambda entry: entry.reason == BEHIND, entries))
 
     def list(self, now: float) -> list[Stuck]:
         """All of them, by id."""

@@ -23,6 +23,7 @@ class _Owner(Protocol):
 
     def expire(self) -> None: ...
     def forget(self, stored: Stored) -> None: ...
+    def reject(self, queue: MemoryQueue, stored: Stored) -> None: ...
     def give_back(self, queue: MemoryQueue, returned: Sequence[Stored]) -> None: ...
 
 
@@ -38,6 +39,7 @@ class MemorySubscription:
         self._last_tag = 0
         self._event: anyio.Event | None = None
         self._is_paused = False
+        self._is_forsaken = False
         self._ended_because: str | None = None
 
     async def receive(self) -> Sequence[Incoming]:
@@ -60,13 +62,15 @@ class MemorySubscription:
 
     def settle(self, delivery: Incoming, how: Settlement) -> None:
         """Takes effect at once. Raises InvariantError for a delivery that was settled before."""
-        if delivery.epoch != self._epoch or self._ended_because is not None:
+        if delivery.epoch != self._epoch or self._ended_because is not None or self._is_forsaken:
             return
         stored = self._unsettled.pop(delivery.tag, None)
         if stored is None:
             raise InvariantError(f"{delivery!r} was settled twice")
         if how is Settlement.ACK:
             self._owner.forget(stored)
+        elif how is Settlement.DEAD_LETTER:
+            self._owner.reject(self._queue, stored)
         else:
             self._owner.give_back(self._queue, (stored,))
         if self._event is not None:
@@ -89,6 +93,15 @@ class MemorySubscription:
         if self._ended_because is not None:
             raise UnavailableError(self._ended_because)
 
+    @property
+    def is_paused(self) -> bool:
+        return self._is_paused
+
+    @property
+    def holds(self) -> int:
+        """How many deliveries are unsettled."""
+        return len(self._unsettled)
+
     def wants_more(self) -> bool:
         return not self._is_paused and len(self._unsettled) < self._prefetch
 
@@ -102,6 +115,13 @@ class MemorySubscription:
         unsettled = list(self._unsettled.values())
         self._unsettled.clear()
         self.wake()
+        return unsettled
+
+    def forsake(self) -> list[Stored]:
+        """Its queue is deleted; what was unsettled. One that is paused has no consumer any more, so nobody tells it: it waits on."""
+        self._is_forsaken = True
+        unsettled = list(self._unsettled.values())
+        self._unsettled.clear()
         return unsettled
 
     def _deliver(self, taken: Sequence[Stored]) -> list[Incoming]:

@@ -1,6 +1,7 @@
 """PostgreSQL: transactions, the inbox, the outbox, and their schema. Needs `orderbus[postgres]`; speaks asyncio only."""
 
+from orderbus.adapters.postgres.desk import PostgresDesk, open_desk
 from orderbus.adapters.postgres.schema import apply, check, schema_sql
 from orderbus.adapters.postgres.store import PostgresStore, open_store
 
-__all__ = ["PostgresStore", "apply", "check", "open_store", "schema_sql"]
+__all__ = ["PostgresDesk", "PostgresStore", "apply", "check", "open_desk", "open_store", "schema_sql"]

@@ -61,6 +61,7 @@ _UNAVAILABLE = (
     errors.CrashShutdown,
     errors.CannotConnectNow,
     errors.TooManyConnections,
+    errors.DiskFull,
     errors.IdleInTransactionSessionTimeout,
     errors.IdleSessionTimeout,
     errors.DatabaseDropped,

@@ -47,14 +47,17 @@ class PostgresOutbox:
                 await connection.execute(_TAKE, (owner, lease_s, sorted(plan)))
         return plan
 
-    async def read(self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int) -> OutboxPage:
+    async def read(
+        self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
+    ) -> OutboxPage:
         """Rows whose key has a stuck row are moved there too, behind it: the floor would pass what a read leaves out.
 
         For the same reason it reads on where a whole page had to be moved: an empty page says that nothing is left.
         """
+        highest = _HIGHEST_ID if up_to is None else up_to
         async with self._connection() as connection:
             while True:
-                read = Call(_READ, (int2_array(buckets), int8(floor), int8(limit), int8(limit_bytes)))
+                read = Call(_READ, (int2_array(buckets), int8(floor), int8(limit), int8(limit_bytes), int8(highest)))
                 [result] = await trip(connection, [read])
                 found = rows_of(connection, result)
                 held = [row[2] for row in found if row[-1]]
@@ -80,11 +83,13 @@ class PostgresOutbox:
         async with self._connection() as connection:
             await connection.execute(_SET_ASIDE, {"ids": ids, "reasons": reasons, "retries": retries}, prepare=True)
 
-    async def due(self, buckets: Sequence[int], limit: int) -> Sequence[OutboxRow]:
+    async def due(self, buckets: Sequence[int], limit: int, limit_bytes: int) -> Sequence[OutboxRow]:
         async with self._connection() as connection:
             async with connection.pipeline():
                 await _cursor(connection).execute(_MOVE_DUE, (int2_array(buckets), limit), prepare=True)
-                cursor = await _cursor(connection).execute(_READ_STUCK, (int2_array(buckets), limit), prepare=True)
+                cursor = await _cursor(connection).execute(
+                    _READ_STUCK, (int2_array(buckets), limit, limit, limit_bytes, limit), prepare=True
+                )
             return [_row(row) for row in await cursor.fetchall()]
 
     @asynccontextmanager
@@ -98,6 +103,7 @@ async def promote_orphans(connection: Connection) -> None:
     await connection.execute(_PROMOTE_ORPHANS)
 
 
+_HIGHEST_ID = 2**63 - 1
 _ROW = "id, event_id, bucket, topic, key, body, content_type, headers, unrouted, created_at"
 
 _READ = """\
@@ -116,7 +122,7 @@ left join lateral (
         ) page
     ) sized
     left join lateral (select true as is_held from orderbus.stuck where stuck.key = sized.key limit 1) stuck on true
-    where sized.bytes_before < %b
+    where sized.bytes_before < %b and sized.id <= %b
 ) r on true
 order by r.id"""
 
@@ -126,7 +132,7 @@ insert into orderbus.stuck ({_ROW}, reason, attempts, first_at, last_at, next_tr
 select {_ROW}, 'behind', 0, now(), now(), case when head.is_there then null else now() end, head.is_there
 from gone, lateral (
     select exists (select from orderbus.stuck where stuck.key = gone.key and stuck.id < gone.id) as is_there
-) head"""
+) head"""  # noqa: S608 - of constants alone
 
 _DELETE = """\
 with published as (
@@ -154,7 +160,7 @@ with given as (
     delete from orderbus.outbox using given where outbox.id = given.id returning outbox.*, given.reason, given.retry_in_s
 )
 insert into orderbus.stuck ({_ROW}, reason, attempts, first_at, last_at, next_try_at, is_behind)
-select {_ROW}, reason, 1, now(), now(), now() + make_interval(secs => retry_in_s), false from gone"""
+select {_ROW}, reason, 1, now(), now(), now() + make_interval(secs => retry_in_s), false from gone"""  # noqa: S608 - of constants alone
 
 _MOVE_DUE = """\
 with gone as (
@@ -168,11 +174,30 @@ select event_id, bucket, topic, key, body, content_type, headers, unrouted from 
 # The delete has assigned this transaction's xid before the insert takes ids: see _INSERT_OUTBOX in transaction.py.
 
 _READ_STUCK = """\
+with head as materialized (
+    select id, key from orderbus.stuck
+    where bucket = any (%b) and next_try_at <= now()
+        and not exists (select from orderbus.stuck earlier where earlier.key = stuck.key and earlier.id < stuck.id)
+    order by next_try_at, id limit %b
+), wanted as (
+    select id, false as is_behind from head
+    union all
+    select behind.id, true from head, lateral (
+        select id, bool_and(is_behind) over (order by id) as is_only_behind
+        from (
+            select id, is_behind from orderbus.stuck where stuck.key = head.key and stuck.id > head.id
+            order by id limit (select 1 + %b / greatest(count(*), 1) from head)
+        ) following
+    ) behind where is_only_behind
+)
 select id, event_id, bucket, topic, key, body, content_type, headers::text, unrouted, attempts
-from orderbus.stuck
-where bucket = any (%b) and next_try_at <= now()
-    and not exists (select from orderbus.stuck earlier where earlier.key = stuck.key and earlier.id < stuck.id)
-order by next_try_at, id limit %b"""
+from (
+    select stuck.*, wanted.is_behind as comes_later,
+        sum(octet_length(body)) over (order by wanted.is_behind, id) - octet_length(body) as bytes_before
+    from wanted join orderbus.stuck using (id)
+) sized
+where bytes_before < %b
+order by comes_later, id limit %b"""
 
 _PROMOTE_ORPHANS = """\
 update orderbus.stuck set is_behind = false, next_try_at = now()

@@ -105,11 +105,15 @@ class PostgresStore:
             return await schema.apply(connection)
 
     async def maintain(self, window_s: float) -> None:
-        """Never waits long for a lock: what could not be done now is left for the next call. Two callers do not collide."""
+        """Never waits long for a lock: what could not be done now is left for the next call. Two callers do not collide.
+
+        Raises UsageError where the role does not own the inbox, as one with few rights does not: its owner has to do it.
+        """
         async with (
             self._pool.connection(is_kept=False) as connection,
             limited(self._pool.where, self._limit_s, is_ours=True),
         ):
+            await _require_ownership(connection, self._pool.where)
             if not await _try_lock(connection):
                 return
             try:
@@ -126,6 +130,18 @@ class PostgresStore:
             async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
                 self._numbers.update(await inbox_table.number_consumers(connection, sorted(unknown)))
 
+
+async def _require_ownership(connection: Any, where: str) -> None:
+    row = await (await connection.execute(_IS_OWNER)).fetchone()
+    if not row[0]:
+        raise UsageError(
+            f"{where}: the role {row[1]} does not own orderbus.inbox; let its owner run `orderbus schema upkeep` daily"
+        )
+
+
+_IS_OWNER = """\
+select pg_has_role(current_user, relowner, 'usage'), current_user
+from pg_class where oid = 'orderbus.inbox'::regclass"""
 
 _TRY_LOCK = "select pg_try_advisory_lock(hashtextextended('orderbus.maintain', 0))"
 _UNLOCK = "select pg_advisory_unlock(hashtextextended('orderbus.maintain', 0))"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 from yarl import URL
 
 from orderbus.errors import UsageError
 
 _PORTS = {"amqp": 5672, "amqps": 5671}
-_TLS_OPTIONS = frozenset({"cafile", "capath", "cadata", "certfile", "keyfile"})
+_FILES = ("cafile", "certfile", "keyfile")
+_TLS_OPTIONS = frozenset({*_FILES, "capath", "cadata"})
 _OPTIONS = _TLS_OPTIONS | {"heartbeat"}
 
 HEARTBEAT_S = 20
@@ -46,6 +49,9 @@ def parse_address(text: str) -> Address:
         raise UsageError(f"the broker's URL has the unknown option {unknown[0]!r}; it may have {', '.join(sorted(_OPTIONS))}")
     if url.scheme == "amqp" and (misplaced := sorted(set(url.query) & _TLS_OPTIONS)):
         raise UsageError(f"the broker's URL has the TLS option {misplaced[0]!r}, but its scheme is amqp://; use amqps://")
+    for option in _FILES:
+        if option in url.query and not Path(url.query[option]).is_file():
+            raise UsageError(f"the broker's URL for {url.host} has {option}={url.query[option]}, but there is no such file")
     heartbeat = url.query.get("heartbeat", str(HEARTBEAT_S))
     if not heartbeat.isdecimal() or not 5 <= int(heartbeat) <= 600:
         raise UsageError(f"heartbeat={heartbeat} in the broker's URL: use 5 to 600 seconds; it is how a dead peer is noticed")

@@ -133,10 +133,18 @@ class RabbitBroker:
                 if self._publishing is not None:
                     await self._publishing.close()
                 self._publishing = await self._connect("publish")
-                publisher = Publisher(self._publishing, self._confirm_s)
-                await publisher.open()
-                self._publisher = publisher
+                self._publisher = await self._open_publisher(self._publishing)
+            elif self._publisher.wants_renewal:
+                assert self._publishing is not None
+                refused, self._publisher = self._publisher, None
+                await refused.close()
+                self._publisher = await self._open_publisher(self._publishing)
             return self._publisher
+
+    async def _open_publisher(self, connection: Connection) -> Publisher:
+        publisher = Publisher(connection, self._confirm_s)
+        await publisher.open()
+        return publisher
 
     async def _connect(self, purpose: str) -> Connection:
         if self._is_closed:

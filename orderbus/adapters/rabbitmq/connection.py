@@ -31,6 +31,18 @@ T = TypeVar("T")
 log = logging.getLogger("orderbus.rabbitmq")
 
 
+class _WithoutTraceback(logging.Filter):
+    """aiormq tells of each lost connection with thirty lines of traceback. Who used it tells why it was lost."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno <= logging.WARNING:
+            record.exc_info = None
+        return True
+
+
+logging.getLogger("aiormq.connection").addFilter(_WithoutTraceback())
+
+
 class Connection:
     """Open from `connect` on; `lost` says why it ended, and is None before."""
 
@@ -91,7 +103,10 @@ class Connection:
         """Send whole frames. Does nothing once the connection is lost."""
         if self.lost is None:
             assert self._transport.writer is not None
-            self._transport.writer.write(data)
+            try:
+                self._transport.writer.write(data)
+            except RuntimeError:  # aiormq has ended the stream already, and its word of that is still on its way to us
+                self.abort("the connection was closed")
 
     async def drain(self) -> None:
         """Wait until the write buffer is below its high-water mark. Heartbeats bound it: a peer that is silent is given up."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from struct import Struct
 
-from orderbus._core.message import Incoming, Properties
+from orderbus._core.message import BodyNotKept, Incoming, Properties
 from orderbus.adapters.rabbitmq.confirms import Confirms
 from orderbus.adapters.rabbitmq.fields import SEQUENCE, sequence_of
 from orderbus.adapters.rabbitmq.frames import (
@@ -28,10 +28,7 @@ from orderbus.adapters.rabbitmq.frames import (
     METHOD,
     FrameError,
 )
-from orderbus.errors import MessageError
 
-MAX_BODY = 128 * 1024 * 1024
-"""The default of RabbitMQ's own limit before 4.0, so nothing that such a broker holds is out of reach."""
 PLACES_KEPT = 1024
 
 _method_at = Struct(">I").unpack_from
@@ -113,7 +110,7 @@ class DeliverySink(ChannelSink):
         epoch: int,
         decode: Callable[[bytes], Properties],
         notify: Callable[[], None],
-        max_body: int = MAX_BODY,
+        max_body: int,
     ) -> None:
         super().__init__()
         self.arrived: list[Incoming] = []
@@ -200,7 +197,7 @@ class DeliverySink(ChannelSink):
         """Hand the message over without its body, its properties saying why."""
 
         def refuse(raw: bytes) -> Properties:
-            raise MessageError("body-too-large", f"the body takes {size} bytes, was not kept; {self._max_body} is the limit")
+            raise BodyNotKept(f"the body takes {size} bytes, and was not kept: {self._max_body} is the limit")
 
         pending._decode = refuse
         self._is_skipping = True

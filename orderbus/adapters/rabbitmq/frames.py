@@ -95,5 +95,5 @@ def nack_requeue(channel: int, tag: int) -> bytes:
     return _settlement.pack(METHOD, channel, 13, BASIC_NACK, tag, 2, FRAME_END)
 
 
-def reject_requeue(channel: int, tag: int) -> bytes:
-    return _settlement.pack(METHOD, channel, 13, BASIC_REJECT, tag, 1, FRAME_END)
+def reject(channel: int, tag: int, *, requeue: bool) -> bytes:
+    return _settlement.pack(METHOD, channel, 13, BASIC_REJECT, tag, requeue, FRAME_END)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from aiormq.exceptions import ChannelClosed
 
@@ -18,6 +19,12 @@ from orderbus.adapters.rabbitmq.fields import Unsendable
 from orderbus.errors import UnavailableError
 
 CONFIRM_S = 30.0
+RENEW_S = 1.0
+"""A channel that was refused something is replaced before the next publish, but no more often.
+
+One that was opened in the moment in which a queue's leader died may go on refusing for as long as that node is away, though the
+queue has a new leader (RabbitMQ 3.10: rabbit_fifo_client asks the dead node before its first enqueue).
+"""
 MAX_UNANSWERED = 100_000
 """More open publishes than this, and the connection is given up: a broker that never answers must not fill the memory."""
 
@@ -36,19 +43,32 @@ class Publisher:
         self._confirms = Confirms()
         self._sink = ConfirmSink(self._confirms)
         self._turn = asyncio.Lock()
+        self._was_refused = False
 
     @property
     def failure(self) -> str | None:
         return self._sink.failure
 
+    @property
+    def wants_renewal(self) -> bool:
+        """Nobody uses it now, and the broker has refused something on it."""
+        is_idle = not self._turn.locked() and not self._confirms.open
+        return self._was_refused and is_idle and asyncio.get_running_loop().time() >= self._opened_at + RENEW_S
+
     async def open(self) -> None:
         """Raises UnavailableError."""
-        channel = await self._connection.open_channel(lambda _: self._sink)
+        self._channel = channel = await self._connection.open_channel(lambda _: self._sink)
+        self._opened_at = asyncio.get_running_loop().time()
         self._encoder = PublishEncoder(channel.number, self._connection.frame_max)
         try:
             await self._connection.call(channel.confirm_delivery(), "asking for confirms", on_giving_up=self._sink.fail)
         except ChannelClosed as failure:
             raise UnavailableError(f"asking for confirms at {self._connection.address.shown}: {describe(failure)}") from failure
+
+    async def close(self) -> None:
+        """Raises UnavailableError."""
+        with suppress(ChannelClosed):
+            await self._connection.call(self._channel.close(), "closing a channel", on_giving_up=self._sink.fail)
 
     async def publish(self, batch: Sequence[Outgoing]) -> Sequence[Receipt]:
         """One receipt for each message. Raises UnavailableError only where nothing was sent."""
@@ -67,6 +87,7 @@ class Publisher:
             finally:
                 self._confirms.finish(sent)
         await self._answers(answered)
+        self._was_refused = self._was_refused or Receipt.REFUSED in sent.receipts
         return self._receipts(batch, sent, receipts)
 
     async def _send(self, batch: Sequence[Outgoing], sent: SentBatch, receipts: list[Receipt | None]) -> None:

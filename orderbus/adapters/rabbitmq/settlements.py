@@ -7,7 +7,7 @@ open. One that names a tag which was settled before closes the channel (406), an
 from __future__ import annotations
 
 from orderbus._core.message import Settlement
-from orderbus.adapters.rabbitmq.frames import ack, nack_requeue, reject_requeue
+from orderbus.adapters.rabbitmq.frames import ack, nack_requeue, reject
 from orderbus.errors import InvariantError
 
 
@@ -32,7 +32,7 @@ class Settlements:
         elif how is Settlement.RELEASE:
             self._given_back.append(nack_requeue(self._channel, tag))
         else:
-            self._given_back.append(reject_requeue(self._channel, tag))
+            self._given_back.append(reject(self._channel, tag, requeue=how is Settlement.REJECT))
 
     def take(self) -> bytes:
         """The frames for everything since the last time."""

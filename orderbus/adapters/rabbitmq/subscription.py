@@ -16,11 +16,15 @@ from orderbus._core.message import Incoming, Settlement
 from orderbus._core.parked import is_dead_letter_queue
 from orderbus.adapters.rabbitmq.connection import CALL_S, CLOSE_S, Connection, describe
 from orderbus.adapters.rabbitmq.content import DeliverySink
+from orderbus.adapters.rabbitmq.encoder import MAX_BODY
 from orderbus.adapters.rabbitmq.fields import decode_properties
 from orderbus.adapters.rabbitmq.settlements import Settlements
 from orderbus.errors import MessageError, UnavailableError, UsageError
 
 log = logging.getLogger("orderbus.rabbitmq")
+
+LARGEST_LETTER = 128 * 1024 * 1024
+"""A person shall see what no consumer takes: all that RabbitMQ before 4.0 holds by default."""
 
 
 class Subscription:
@@ -140,7 +144,8 @@ class Subscription:
 
     async def _begin_life(self) -> None:
         epoch = next(self._epochs)
-        sink = DeliverySink(self._queue, epoch, decode_properties, self._notify)
+        max_body = LARGEST_LETTER if is_dead_letter_queue(self._queue) else MAX_BODY
+        sink = DeliverySink(self._queue, epoch, decode_properties, self._notify, max_body)
         channel = await self._connection.open_channel(lambda _: sink)
         self._life = life = _Life(channel, sink, Settlements(channel.number), epoch)
         self._held = 0

@@ -8,7 +8,7 @@ the same effect: a call is sent again where its connection broke, and the first 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError, RedisError, TimeoutError as RedisTimeoutError
 
 from orderbus.abc import ClaimAnswer, ClaimState
+from orderbus.adapters.redis.address import place_of
 from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["RedisClaims", "open_claims"]
@@ -85,8 +86,9 @@ async def open_claims(
     """Open claims at `redis://…`, `rediss://…` or `unix://…`; every key begins with `prefix`. asyncio only.
 
     Redis need not be up: calls raise UnavailableError until it is, at the latest after `call_s`, of which connecting may take
-    `connect_s`. Raises UsageError for a URL that can't be read, without repeating it: it may hold a password.
+    `connect_s`. Raises UsageError for a URL that `place_of` refuses.
     """
+    where = place_of(url)
     try:
         pool: Any = BlockingConnectionPool.from_url(
             url,
@@ -97,7 +99,6 @@ async def open_claims(
             health_check_interval=30,
             retry=Retry(NoBackoff(), 1),  # one more try: a connection of the pool may have been closed while it rested
         )
-        where = _where(pool.connection_kwargs)
     except (ValueError, TypeError):
         raise UsageError("the Redis URL can't be read; write redis://user:password@host:6379/0") from None
     client = Redis(connection_pool=pool)
@@ -158,9 +159,3 @@ def _answer(state: bytes) -> ClaimAnswer:
     if kind == b"m":
         return _MISMATCH
     return ClaimAnswer(ClaimState.DONE, state[1:])
-
-
-def _where(given: Mapping[str, Any]) -> str:
-    """`host:port/db`, or the socket's path."""
-    place = given.get("path") or f"{given.get('host', 'localhost')}:{given.get('port', 6379)}"
-    return f"{place}/{given.get('db', 0)}"
