@@ -363,6 +363,26 @@ async def test_a_lost_connection_ends_the_subscription_and_gives_back_what_it_he
     assert [delivery.delivery_count for delivery in again] == [1, 1]
 
 
+async def test_a_single_active_consumer_keeps_the_order_over_losses_that_follow_each_other(
+    broker: Broker, server: Server, name: str
+) -> None:
+    sent = [str(i) for i in range(10)]
+    await declare(broker, Queue(name, single_active_consumer=True))
+    await send(broker, name, sent)
+
+    async with broker.subscribe(name, prefetch=10) as first:
+        await take(first, 10)
+        await server.drop_connections()
+        await until_unavailable(first)
+    for _ in range(3):
+        async with broker.subscribe(name, prefetch=10) as lost:
+            assert bodies(await take(lost, 1))[0] == "0"
+            await server.drop_connections()
+            await until_unavailable(lost)
+
+    assert bodies(await drain(broker, name, 10)) == sent
+
+
 async def test_a_settlement_from_before_the_loss_does_not_settle_the_redelivery(
     broker: Broker, server: Server, name: str
 ) -> None:

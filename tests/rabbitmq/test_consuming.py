@@ -8,10 +8,10 @@ import anyio
 import pytest
 
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
-from orderbus._core.topology import Queue, Topology
+from orderbus._core.topology import DELIVERY_LIMIT, Queue, Topology
 from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
 from orderbus.adapters.rabbitmq.frames import ack
-from orderbus.adapters.rabbitmq.subscription import Subscription
+from orderbus.adapters.rabbitmq.subscription import DOUBTED_AFTER, Subscription
 from orderbus.errors import InvariantError, UnavailableError, UsageError
 from tests.rabbitmq.conftest import Place, delete_queue, have_closed
 from tests.servers import Rabbit
@@ -175,19 +175,31 @@ async def test_a_probe_begins_alone_and_doubles_while_it_meets_redeliveries(brok
     assert await broker.depth(place.queue) == 0
 
 
-async def test_a_poisonous_message_is_the_only_one_that_dies_with_its_processes(broker: RabbitBroker, place: Place) -> None:
-    limited = Queue(f"{place.queue}.limited", delivery_limit=20, dead_letter_exchange="", dead_letter_routing_key=place.queue)
+@pytest.mark.parametrize("is_ordered", [False, True])
+@pytest.mark.parametrize("poison", [0, 13])
+async def test_a_poisonous_message_is_the_only_one_that_dies_with_its_processes(
+    broker: RabbitBroker, vhost_url: str, place: Place, is_ordered: bool, poison: int
+) -> None:
+    limited = Queue(
+        f"{place.queue}.limited",
+        delivery_limit=DELIVERY_LIMIT if is_ordered else 20,
+        dead_letter_exchange="",
+        dead_letter_routing_key=place.queue,
+        single_active_consumer=is_ordered,
+    )
     await broker.apply(Topology(queues=(limited,)))
     await fill(broker, limited.name, 30)
-    poison, handled = 0, set[int]()
+    handled = set[int]()
 
     async def crash_again_and_again() -> None:
         while True:
-            async with broker.subscribe(limited.name, prefetch=20) as subscription:
-                while poison not in (batch := numbers(deliveries := await subscription.receive())):
-                    handled.update(batch)
-                    for delivery in deliveries:
-                        subscription.settle(delivery, ACK)
+            async with open_broker(vhost_url, name="crashes") as process:
+                await process.apply(Topology(queues=(limited,)))
+                async with process.subscribe(limited.name, prefetch=20) as subscription:
+                    while poison not in (batch := numbers(deliveries := await subscription.receive())):
+                        handled.update(batch)
+                        for delivery in deliveries:
+                            subscription.settle(delivery, ACK)
 
     async with broker.subscribe(place.queue, prefetch=1) as graveyard, anyio.create_task_group() as tasks:
         tasks.start_soon(crash_again_and_again)
@@ -195,7 +207,7 @@ async def test_a_poisonous_message_is_the_only_one_that_dies_with_its_processes(
         tasks.cancel_scope.cancel()
     async with broker.subscribe(limited.name, prefetch=20) as subscription:
         rest = await take_all_settling(subscription, 29 - len(handled))
-    assert handled | set(numbers(rest)) == set(range(1, 30))
+    assert handled | set(numbers(rest)) == set(range(30)) - {poison}
     await ready(broker, place.queue, 1)
 
 
@@ -219,6 +231,33 @@ async def test_a_single_active_consumer_grows_without_losing_its_order(broker: R
                 for subscription in (active, waiting):
                     tasks.start_soon(receive, subscription, tasks.cancel_scope)
         assert seen == list(range(50))
+
+
+async def test_an_ordered_queue_in_doubt_is_consumed_one_at_a_time_until_a_fresh_message_comes(
+    broker: RabbitBroker, place: Place
+) -> None:
+    queue = Queue(f"{place.queue}.ordered", delivery_limit=DELIVERY_LIMIT, single_active_consumer=True)
+    await broker.apply(Topology(queues=(queue,)))
+    await fill(broker, queue.name, 10)
+
+    for _ in range(DOUBTED_AFTER):
+        async with broker.subscribe(queue.name, prefetch=10) as lost:
+            assert numbers(await lost.receive())[0] == 0
+    async with broker.subscribe(queue.name, prefetch=10) as doubtful:
+        (first,) = await doubtful.receive()
+        assert first.body == b"0"
+        await ready(broker, queue.name, 9)  # the broker has given out no other
+    async with broker.subscribe(queue.name, prefetch=10) as again:
+        (first,) = await again.receive()
+        assert first.body == b"1"  # what is lost alone goes behind the others: the price
+        await ready(broker, queue.name, 9)
+        again.settle(first, ACK)
+        await take_all_settling(again, 9)
+        await fill(broker, queue.name, 10)
+        assert numbers(await take(again, 10)) == list(range(10))
+    async with broker.subscribe(queue.name, prefetch=10) as trusting:
+        assert numbers(await trusting.receive()) == [0]
+        await ready(broker, queue.name, 0)
 
 
 async def test_a_queue_of_which_nothing_is_known_is_consumed_in_order(vhost_url: str, broker: RabbitBroker, place: Place) -> None:

@@ -52,6 +52,8 @@ class RabbitBroker:
         self._epochs = count(1)
         self._plain_queues: set[str] = set()
         """Queues that were declared here without a single active consumer; any other may have one."""
+        self._doubtful_queues: set[str] = set()
+        """Ordered queues that are consumed one at a time; see `Subscription`."""
         self._consuming: Connection | None = None
         self._consuming_lock = asyncio.Lock()
         self._publishing: Connection | None = None
@@ -102,7 +104,9 @@ class RabbitBroker:
             raise UsageError(f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all")
         connection = await self._consuming_connection()
         keeps_order = queue not in self._plain_queues
-        subscription = Subscription(connection, queue, prefetch, keeps_order=keeps_order, epochs=self._epochs)
+        subscription = Subscription(
+            connection, queue, prefetch, keeps_order=keeps_order, epochs=self._epochs, doubtful=self._doubtful_queues
+        )
         try:
             await subscription.open()
             yield subscription

@@ -23,6 +23,8 @@ from orderbus.errors import MessageError, UnavailableError, UsageError
 
 log = logging.getLogger("orderbus.rabbitmq")
 
+DOUBTED_AFTER = 20
+"""Crash loops and flapping connections reach it, a few crashes in a row do not. Less than half of the delivery limit."""
 LARGEST_LETTER = 128 * 1024 * 1024
 """A person shall see what no consumer takes: all that RabbitMQ before 4.0 holds by default."""
 
@@ -30,25 +32,41 @@ LARGEST_LETTER = 128 * 1024 * 1024
 class Subscription:
     """A live consumer of one queue.
 
-    It starts at prefetch 1 and consumes at its full prefetch once it has met a delivery that was never delivered before: a
+    It hands over one delivery at first, and as many as the prefetch once it has met one that was never delivered before: a
     quorum queue redelivers first, so a message that kills its process is alone when it does. While it meets only
-    redeliveries, the window doubles each time that all of it has been settled. What is settled before the killer is met is
-    gone at the next start, so its neighbours meet it a few times at most, far below the delivery limit of 50 (docs/adr/14).
+    redeliveries, the window doubles each time that all of it has been settled (docs/adr/14).
 
-    Prefetch belongs to a consumer, so growing means consuming anew: on the same channel, or, where order counts, on a new
-    one, and only once (see `_grow`).
+    A plain queue is also asked for no more than the window, so that a crash counts against nothing else. Prefetch belongs to a
+    consumer, so growing means consuming anew. What is settled before the killer is met is gone at the next start, so its
+    neighbours meet it a few times at most, far below the delivery limit of 50.
+
+    Where order counts, the queue is asked for the whole prefetch at once, and the rest waits here: what is returned goes behind
+    whatever else was returned, so a consumer that is lost with the first of several redeliveries would get it back as the last of
+    them. The price is that a crash counts against all of them; so if the first has been delivered `DOUBTED_AFTER` times, the
+    queue is asked for one at a time until a fresh one comes, and order may give way to the safety of the others.
     """
 
-    def __init__(self, connection: Connection, queue: str, prefetch: int, *, keeps_order: bool, epochs: Iterator[int]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        queue: str,
+        prefetch: int,
+        *,
+        keeps_order: bool,
+        epochs: Iterator[int],
+        doubtful: set[str],
+    ) -> None:
         self._connection = connection
         self._queue = queue
         self._prefetch = prefetch
         self._keeps_order = keeps_order
         self._epochs = epochs
+        self._doubtful = doubtful
+        """Queues, of this broker, where order counts and which are asked for one at a time all the same."""
         self._window = prefetch if is_dead_letter_queue(queue) else 1
         """No handler reads dead letters, and whoever looks at them holds them: after the first look none is fresh."""
         self._proved = 0
-        """Deliveries settled since the window last grew."""
+        """Deliveries settled since the window last changed."""
         self._is_paused = False
         self._held = 0
         """Deliveries of this life that were handed over and are not settled."""
@@ -74,9 +92,12 @@ class Subscription:
             room = self._window - self._held
             if not arrived or room <= 0 or self._is_paused:
                 await self._wait()
+            elif self._is_in_doubt(life, arrived):
+                self._growth = self._begin(self._doubt)
             elif self._window < self._prefetch and (target := self._grown(arrived)) > self._window:
                 self._growth = self._begin(functools.partial(self._grow, target))
             else:
+                life.is_untouched = False
                 life.sink.arrived = arrived[room:]
                 del arrived[room:]
                 self._held += len(arrived)
@@ -173,9 +194,14 @@ class Subscription:
     async def _consume(self, life: _Life) -> None:
         """Consume on the channel, from now on with the prefetch of the hour."""
         life.consumer_tag = f"{life.epoch}.{self._window}"
-        await self._ask(life, life.channel.basic_qos(prefetch_count=self._window), "setting the prefetch")
+        await self._ask(life, life.channel.basic_qos(prefetch_count=self._wanted), "setting the prefetch")
         consume = life.channel.basic_consume(self._queue, _unused_callback, consumer_tag=life.consumer_tag)
         await self._ask(life, consume, "consuming")
+
+    @property
+    def _wanted(self) -> int:
+        """How many unsettled deliveries the broker is asked for."""
+        return self._prefetch if self._keeps_order and self._queue not in self._doubtful else self._window
 
     def _grown(self, arrived: Sequence[Incoming]) -> int:
         """The window that is right now: all of the prefetch at a fresh delivery, twice the window once it has proved itself.
@@ -186,7 +212,7 @@ class Subscription:
             return self._window
         if _is_fresh(arrived[0]):
             return self._prefetch
-        if self._proved >= self._window and not self._keeps_order:
+        if self._proved >= self._window and self._queue not in self._doubtful:
             return min(2 * self._window, self._prefetch)
         return self._window
 
@@ -196,20 +222,48 @@ class Subscription:
         On the same channel it stays with the consumer that is cancelled: until it is settled, the broker counts one more than
         the prefetch, and `receive` holds that one back.
 
-        Where order counts (a single active consumer), the channel is closed and so its delivery goes back, unseen by anyone;
-        that counts as one delivery of it. Cancelling instead would make another consumer active beside that delivery.
+        Where order counts (a single active consumer), there is nothing to ask for, unless the queue was in doubt: then the channel
+        is closed and so its delivery, the only one that was ever returned, goes back unseen by anyone; that counts as one delivery
+        of it. Cancelling instead would make another consumer active beside that delivery.
         """
         if window <= self._window or self._is_paused:
             return
         self._window = window
         self._proved = 0
         if self._keeps_order:
-            await self._end_life()
-            await self._begin_life()
+            if self._queue in self._doubtful:
+                self._doubtful.discard(self._queue)
+                await self._end_life()
+                await self._begin_life()
             return
         life = self._alive()
         await self._ask(life, life.channel.basic_cancel(life.consumer_tag), "ending the probe")
         await self._consume(life)
+
+    def _is_in_doubt(self, life: _Life, arrived: Sequence[Incoming]) -> bool:
+        """Whether the first delivery of this life has been delivered suspiciously often."""
+        if not life.is_untouched or self._wanted <= self._window:
+            return False
+        try:
+            return arrived[0].delivery_count >= DOUBTED_AFTER
+        except MessageError:
+            return False
+
+    async def _doubt(self) -> None:
+        """Give back all, in its order, and consume one at a time."""
+        if self._is_paused:
+            return
+        log.warning(
+            "queue %r: its first message was delivered %d times and more without being settled; from here one at a time, "
+            "so a message that ends its process is parked alone, but what follows it in its key may overtake it",
+            self._queue,
+            DOUBTED_AFTER,
+        )
+        self._doubtful.add(self._queue)
+        self._window = 1
+        self._proved = 0
+        await self._end_life()
+        await self._begin_life()
 
     async def _stop_consuming(self) -> None:
         life = self._alive()
@@ -225,7 +279,7 @@ class Subscription:
         if life is None or life.sink.failure is not None:
             raise UnavailableError(f"queue {self._queue!r}: {life.sink.failure if life else 'not open'}")
         # Any call would do: the broker answers in order, after it has taken what was written before.
-        await self._ask(life, life.channel.basic_qos(prefetch_count=self._window), "flushing")
+        await self._ask(life, life.channel.basic_qos(prefetch_count=self._wanted), "flushing")
 
     async def _ask(self, life: _Life, call: Coroutine[Any, Any, Any], what: str) -> None:
         try:
@@ -272,6 +326,8 @@ class _Life:
         self.settlements = settlements
         self.epoch = epoch
         self.consumer_tag = ""
+        self.is_untouched = True
+        """Nothing has been handed over yet."""
 
 
 def _is_fresh(delivery: Incoming) -> bool:
