@@ -177,10 +177,11 @@ def main(workloads: Mapping[str, Work], run: Callable[[Awaitable[Any]], Any] | N
     gate = Gate()
     outcome = workloads[job.workload](job, gate)
     if inspect.isawaitable(outcome):
-        (run or _uvloop)(outcome)
+        (run or run_with_uvloop)(outcome)
 
 
-def _uvloop(work: Awaitable[Any]) -> Any:
+def run_with_uvloop(work: Awaitable[Any]) -> Any:
+    """As every peer runs that is free to choose."""
     import uvloop
 
     async def whole() -> Any:

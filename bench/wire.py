@@ -195,11 +195,11 @@ def _framed(number: int, payload: bytes, kind: int = METHOD) -> bytes:
 class Envelope:
     """Makes the frames of a message: everything but the ids and the sizes is made once."""
 
-    def __init__(self, exchange: str, routing_key: str, topic: str) -> None:
+    def __init__(self, exchange: str, routing_key: str, topic: str, headers: Mapping[str, str] | None = None) -> None:
         self._method = frame.marshal(commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=True), 1)
         properties = commands.Basic.Properties(
             content_type="application/json",
-            headers={"ob-key": "K" * 36},
+            headers={"ob-key": "K" * 36, **(headers or {})},
             delivery_mode=2,
             message_id="M" * 36,
             timestamp=datetime.now(UTC),
@@ -248,9 +248,10 @@ def message(queue: str, body: bytes, properties: commands.Basic.Properties) -> b
 def fill(job: Job, frames: Callable[[Sample], bytes] | None = None, *, queue: str | None = None) -> None:
     """Put the job's messages into its queue, which exists, each confirmed. `frames` makes those of a peer with a format of its own."""
     if frames is None:
-        envelope = Envelope("", queue or job.queue, job.topic)
+        envelopes = _envelopes(queue or job.queue, job)
 
         def frames(sample: Sample) -> bytes:
+            envelope = envelopes[sample.number % len(envelopes)]
             return envelope.frames(event_id(sample.number), str(sample.order_id), _encode(sample))
 
     with Wire(job.broker_url) as wire:
@@ -266,6 +267,15 @@ def fill(job: Job, frames: Callable[[Sample], bytes] | None = None, *, queue: st
                 confirmed = wire.confirmed_up_to(sent - 2 * BATCH, confirmed)
         wire.publish(batch)
         wire.confirmed_up_to(sent + len(batch), confirmed)
+
+
+def _envelopes(queue: str, job: Job) -> list[Envelope]:
+    """One; or, where a share of the messages is to be sampled, a hundred with and without that flag in their trace context."""
+    if "sampled" not in job.options:
+        return [Envelope("", queue, job.topic)]
+    sampled = round(100 * job.options["sampled"])
+    parents = (f"00-{number + 1:032x}-{number + 1:016x}-{int(number < sampled):02x}" for number in range(100))
+    return [Envelope("", queue, job.topic, {"traceparent": parent}) for parent in parents]
 
 
 class Numbered(msgspec.Struct):

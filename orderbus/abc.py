@@ -18,6 +18,7 @@ from orderbus._core.outbox_rows import Handled, HeldRow, OutboxStats, RowsWanted
 from orderbus._core.topology import Topology
 
 __all__ = [
+    "Backlog",
     "Broker",
     "ClaimAnswer",
     "ClaimState",
@@ -178,6 +179,18 @@ class Stuck(msgspec.Struct, frozen=True):
     retry_in_s: float | None
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """What waits in some buckets of the outbox, counted no further than `MOST_COUNTED`."""
+
+    waiting: int
+    oldest_s: float
+    """How long the oldest has waited, in seconds; 0 where none waits."""
+    stuck: int
+
+
+MOST_COUNTED = 10_000
+
+
 class OutboxStore(Protocol):
     """What the relay needs of the database."""
 
@@ -192,6 +205,9 @@ class OutboxStore(Protocol):
         Rows whose key has a stuck row are not among them, and move behind it into the stuck table: of what a read leaves out
         nothing may stay in the outbox, or the floor would pass it.
         """
+
+    async def backlog(self, buckets: Sequence[int], floor: int) -> Backlog:
+        """How much waits in these buckets above the floor, and how much of theirs is stuck."""
 
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         """Delete published rows; the transaction id (xid) that did it."""

@@ -7,13 +7,15 @@ aggregator has nothing to compensate itself. Answers for a finished order change
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Annotated
 from uuid import UUID
 
 import msgspec
+from opentelemetry.metrics import get_meter
 
-from orderbus import Batch, Bus, Column, Tx, columns
+from orderbus import Batch, Bus, Column, Delivery, Tx, columns
 from services.shared.events import (
     OrderCancelled,
     OrderConfirmed,
@@ -41,6 +43,43 @@ async def deadline() -> AsyncIterator[Deadline]:
     yield from_environment(Deadline, "ORDER_")
 
 
+class Decided(msgspec.Struct, frozen=True):
+    """An order that a batch finishes, for the metrics."""
+
+    status: str
+    reason: str | None
+    total_cents: int
+    age_s: float
+
+
+_decided: ContextVar[list[Decided]] = ContextVar("decided")
+
+FINISHED = get_meter("orders").create_counter("orders.finished", "{order}", "Orders that came to their end.")
+REVENUE = get_meter("orders").create_counter("orders.revenue", "{cent}", "The totals of confirmed orders.")
+END_TO_END = get_meter("orders").create_histogram(
+    "orders.end_to_end",
+    "s",
+    "From the placing of an order to its end.",
+    explicit_bucket_boundaries_advisory=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+)
+
+
+@bus.middleware
+async def count_what_is_finished(deliveries: Sequence[Delivery], call_next: Callable[[], Awaitable[None]]) -> None:
+    """Count what a unit has finished, once it is committed."""
+    decided: list[Decided] = []
+    token = _decided.set(decided)
+    try:
+        await call_next()
+    finally:
+        _decided.reset(token)
+    for one in decided:
+        FINISHED.add(1, {"order.status": one.status, "order.reason": one.reason or "none"})
+        END_TO_END.record(max(one.age_s, 0.0), {"order.status": one.status})
+        if one.status == "confirmed":
+            REVENUE.add(one.total_cents)
+
+
 # All answers in one queue: those about the same order often come together, and then cost one update.
 @bus.on_batch(name="answers", most=200)
 async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReserved | StockRejected], tx: Tx) -> Finished:
@@ -49,6 +88,7 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
     The lock makes the later of two answers see the earlier one, and lets an order finish once.
     """
     orders = {row[0]: row for row in await tx.fetch_all(_LOCK, [Column({event.order_id for event in batch.events})])}
+    decided = _decided.get()
     said: dict[UUID, Said] = {}
     for item in batch:
         order = orders.get(item.event.order_id)
@@ -63,6 +103,8 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
         status = outcome(heard)
         written.append((order_id, status, heard.payment, heard.stock, heard.reason))
         customer_id, total_cents = orders[order_id][1:3]
+        if status != "pending":
+            decided.append(Decided(status, heard.reason, total_cents, orders[order_id][6]))
         if status == "confirmed":
             finished.append(OrderConfirmed(order_id=order_id, customer_id=customer_id, total_cents=total_cents))
         elif status == "cancelled":
@@ -76,6 +118,8 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
 async def cancel_overdue(tx: Tx, deadline: Deadline) -> list[OrderCancelled]:
     """Cancel orders whose answers stay away."""
     overdue = await tx.fetch_all(_CANCEL_OVERDUE, (deadline.deadline_s,))
+    for _ in overdue:
+        FINISHED.add(1, {"order.status": "cancelled", "order.reason": "deadline"})
     return [OrderCancelled(order_id=order_id, customer_id=customer, reason="deadline") for order_id, customer in overdue]
 
 
@@ -112,7 +156,7 @@ def outcome(said: Said) -> str:
 
 # In the order of their keys, so that two batches with the same orders wait for each other instead of deadlocking.
 _LOCK = """\
-select order_id, customer_id, total_cents, status, payment, stock
+select order_id, customer_id, total_cents, status, payment, stock, extract(epoch from now() - placed_at)::float8
 from orders where order_id = any(%s::uuid[]) order by order_id for update"""
 
 _WRITE = """\

@@ -20,6 +20,10 @@ PEERS = {
     ),
     "orderbus-asyncio": Peer("orderbus_asyncio", ("orderbus",), "orderbus on asyncio's own loop"),
     "orderbus-trio": Peer("orderbus_trio", ("orderbus", "trio"), "orderbus on trio"),
+    "orderbus-traced-1": Peer(
+        "orderbus_traced_1", ("orderbus", "opentelemetry-sdk"), "orderbus with OpenTelemetry's SDK, 1 % of the messages traced"
+    ),
+    "orderbus-traced-100": Peer("orderbus_traced_100", ("orderbus", "opentelemetry-sdk"), "the same with all messages traced"),
     "raw": Peer("raw", ("pamqp",), "the practical limit: a blocking socket and hand-made frames, no framework"),
     "aiormq": Peer("aiormq_", ("aiormq",), "aiormq used well: confirms in flight, multiple acknowledgements"),
     "aio-pika": Peer("aio_pika_", ("aio-pika",), "aio-pika"),

@@ -281,6 +281,7 @@ if __name__ == "__main__":
             "consume": consume,
             "ordered": ordered,
             "trio": trio,
+            "telemetry": effect,
             "retry": retry,
             "latency": latency,
             "effect": effect,

@@ -53,7 +53,20 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     measure: Callable[[Variant, str, float, Callable[[str], None]], Round] | None = None
 
 
-NAMES = ("publish", "consume", "effect", "outbox", "relay", "latency", "retry", "ordered", "trio", "backlog", "pipeline")
+NAMES = (
+    "publish",
+    "consume",
+    "effect",
+    "outbox",
+    "relay",
+    "latency",
+    "retry",
+    "ordered",
+    "trio",
+    "telemetry",
+    "backlog",
+    "pipeline",
+)
 """In the order of the tables; each is a module of this package."""
 
 

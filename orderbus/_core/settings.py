@@ -15,6 +15,8 @@ from orderbus._core.signing import masked_keys, signing_keys
 from orderbus.errors import SettingsError
 
 PREFIX = "ORDERBUS_"
+LOG_LEVEL = "ORDERBUS_LOG_LEVEL"
+"""Read by programs that set up logging (`orderbus run`), not by a bus."""
 
 BROKER_SCHEMES = ("amqp", "amqps", "memory")
 DATABASE_SCHEMES = ("postgresql", "postgres", "embedded", "memory")
@@ -67,7 +69,7 @@ class Settings:
         names = tuple(field.name for field in fields(cls))
         values: dict[str, Any] = {}
         for name, text in environment.items():
-            if not name.startswith(PREFIX) or name.startswith(f"{PREFIX}TEST_"):
+            if not name.startswith(PREFIX) or name.startswith(f"{PREFIX}TEST_") or name == LOG_LEVEL:
                 continue
             field = name[len(PREFIX) :].lower()
             if field not in names:

@@ -19,6 +19,7 @@ from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, NOT_BEFORE, Headers, HeaderValue, Incoming, header_bytes
 from orderbus._core.policy import LONGEST_DELAY_S
 from orderbus._core.signing import SigningKeys
+from orderbus._core.trace_context import TraceHeaders
 from orderbus.errors import MessageError, UsageError
 
 MOST_HEADERS = 48
@@ -67,6 +68,12 @@ class Work(msgspec.Struct, eq=False):
     """It has held back so many followers that the other keys would wait too."""
     refusals: int = 0
     """How often what it became could not be published."""
+    trace: TraceHeaders | None = None
+    """The trace that it came with."""
+    span: Any = None
+    """The `process` span of its last try, where that is recorded."""
+    outcome: str = ""
+    """What became of its last try, for the span."""
     yields: bool = False
     """It has been failing for so long that it may be parked for the sake of other keys."""
 

@@ -37,6 +37,7 @@ from orderbus._runtime.consumer import Middleware
 from orderbus._runtime.engine import Engine
 from orderbus._runtime.resources import Resource, Resources, resource_of
 from orderbus._runtime.stats import DrainReceipt, Stats
+from orderbus._runtime.tracing import current_trace
 from orderbus._runtime.tx import Tx
 from orderbus.abc import Claims, OutboxRow, Receipt
 from orderbus.errors import UnavailableError, UsageError
@@ -262,7 +263,8 @@ class Bus:
         It holds all of them in memory: a few hundred at a time are as fast as thousands. Raises UnavailableError that says how
         many were not confirmed, and why the first was not; the others have been sent.
         """
-        rows = [self._open.encoding.row(event) for event in events]
+        trace = current_trace()
+        rows = [self._open.encoding.row(event, trace=trace) for event in events]
         receipts = await self._open.publish_rows(rows)
         bad = [
             (row, receipt)

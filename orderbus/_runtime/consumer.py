@@ -15,9 +15,11 @@ from orderbus._core.policy import backoff_s
 from orderbus._core.topology import QueueNeed, Topology
 from orderbus._core.work import Route
 from orderbus._runtime.guard import Guard
+from orderbus._runtime.metrics import Metrics
 from orderbus._runtime.outage import Outage
 from orderbus._runtime.session import Session
-from orderbus._runtime.stats import Stats
+from orderbus._runtime.stats import HandlerStats, QueueStats, Stats
+from orderbus._runtime.tracing import Tracing
 from orderbus.abc import Broker
 from orderbus.errors import UnavailableError
 
@@ -41,6 +43,8 @@ class Environment(msgspec.Struct, frozen=True):
     window_s: float
     middleware: Sequence[Middleware]
     wake_relay: Callable[[], None]
+    tracing: Tracing
+    metrics: Metrics
 
 
 class Consumer:
@@ -56,6 +60,9 @@ class Consumer:
         self.prefetch = max(handler.prefetch for handler in handlers)
         self.concurrency = max(handler.options.concurrency for handler in handlers)
         self.fuse = min(handler.options.fuse for handler in handlers)
+        self.stats = env.stats.queues.setdefault(need.name, QueueStats())
+        for handler in handlers:
+            env.stats.handlers.setdefault(handler.consumer, HandlerStats())
         self._session: Session | None = None
         self._stopping = anyio.Event()
         self.consuming = anyio.Event()
@@ -88,6 +95,7 @@ class Consumer:
                 return
             failures += 1
             self.env.stats.reconnects += 1
+            self.stats.reconnects += 1
             with anyio.move_on_after(backoff_s(failures, jitter=self.env.rng.random())):
                 await self._stopping.wait()
 
@@ -101,6 +109,11 @@ class Consumer:
         """End the grace time: cancel what still runs."""
         if self._session is not None:
             self._session.cancel()
+
+    @property
+    def in_hand(self) -> int:
+        """Deliveries that are unsettled."""
+        return 0 if self._session is None else self._session.in_hand
 
     @property
     def running(self) -> int:

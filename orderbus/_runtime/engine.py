@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,10 +24,12 @@ from orderbus._runtime.calling import no_stray_cancellation
 from orderbus._runtime.consumer import Consumer, Environment, Middleware
 from orderbus._runtime.group_commit import GroupCommit
 from orderbus._runtime.guard import Caller, ClaimsGuard, Guard, InboxGuard, NoGuard
+from orderbus._runtime.metrics import meters
 from orderbus._runtime.opening import asyncio_only, open_broker, open_claims, open_store
 from orderbus._runtime.portal import Portal, PortalBroker, PortalClaims, PortalStore, open_portal
-from orderbus._runtime.relay import Relay, outgoing_of
+from orderbus._runtime.relay import Relay, publish_rows
 from orderbus._runtime.stats import DrainReceipt, Stats
+from orderbus._runtime.tracing import Tracing, outside
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Broker, Claims, OutboxRow, Store
 from orderbus.errors import UnavailableError, UsageError
@@ -36,6 +38,7 @@ log = logging.getLogger("orderbus")
 
 T = TypeVar("T")
 MAINTENANCE_EVERY_S = 3600.0
+MEASURE_EVERY_S = 5.0
 CANCELLED_GRACE_S = 5.0
 
 
@@ -55,7 +58,7 @@ class Engine:
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
-        self._group = group
+        self.group = group
         self._settings = settings
         self._plans = plans
         self._periodics = periodics
@@ -80,6 +83,8 @@ class Engine:
         self.stats = Stats()
         self.receipt: DrainReceipt | None = None
         self._signing = signing_keys(settings.signing_keys)
+        self.tracing = Tracing(group, system=_system(settings.broker_url), database=_system(settings.database_url))
+        self.metrics = meters()
         self.encoding = Encoding(form=form, limit_bytes=settings.max_body_bytes, clock=clock, rng=rng, signing=self._signing)
 
     # Life
@@ -110,6 +115,7 @@ class Engine:
         try:
             await self.drain()
         finally:
+            self.metrics.forget(self)
             self._life.cancel()
             if isinstance(error, anyio.get_cancelled_exc_class()):
                 await self._stack.__aexit__(kind, error, trace)
@@ -127,14 +133,14 @@ class Engine:
     async def _open_adapters(self, stack: AsyncExitStack) -> None:
         settings = self._settings
         assert settings.broker_url is not None
-        broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self._group))
+        broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self.group))
         self._broker = PortalBroker(self._portal, broker) if self._portal and self._crosses(settings.broker_url) else broker
         database_url = settings.database_url
         if database_url is None and settings.broker_url.startswith("memory:"):
             database_url = settings.broker_url
         if database_url is not None:
             store = await self._enter(
-                stack, database_url, open_store(database_url, name=self._group, pool_size=settings.pool_size)
+                stack, database_url, open_store(database_url, name=self.group, pool_size=settings.pool_size)
             )
             self._store = PortalStore(self._portal, store) if self._portal and self._crosses(database_url) else store
             await self.store.check()
@@ -159,7 +165,7 @@ class Engine:
         needs = queue_needs([handler for handler, _ in self._plans])
         topology = topology_for(needs)
         await self.broker.apply(topology)
-        caller = Caller(self._resources)
+        caller = Caller(self._resources, self.tracing)
         guards = {handler.consumer: self._guard(handler, caller, plan) for handler, plan in self._plans}
         env = Environment(
             self.broker,
@@ -170,6 +176,8 @@ class Engine:
             self._settings.dedupe_window_s,
             tuple(self._middleware),
             self._wake_relay,
+            self.tracing,
+            self.metrics,
         )
         for need in needs:
             routes = {
@@ -184,13 +192,16 @@ class Engine:
         if self._store is not None:
             self._tasks.start_soon(self._maintain, name="maintenance")
             if self._settings.relay is not False:
-                owner = f"{self._group}-{uuid4().hex[:12]}"
-                self._relay = Relay(self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng)
+                owner = f"{self.group}-{uuid4().hex[:12]}"
+                self._relay = Relay(self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng, self.tracing)
                 self._tasks.start_soon(_ending, self._relay.run, self._relay_done, name="relay")
+                if self.metrics.records:
+                    self._tasks.start_soon(self._look_at_the_outbox, self._relay, name="outbox metrics")
         for periodic, plan in self._periodics:
             self._tasks.start_soon(self._repeat, periodic, plan, name=periodic.place)
         for consumer, _ in self._consumers:
             await consumer.consuming.wait()
+        self.metrics.watch(self)
 
     def _guard(self, handler: Handler, caller: Caller, plan: Plan) -> Guard:
         kind = handler.options.guard
@@ -211,7 +222,7 @@ class Engine:
                     f'ORDERBUS_DATABASE_URL, or say guard="none"'
                 )
             return ClaimsGuard(self._claims, caller, keep_s=self._settings.dedupe_window_s)
-        return InboxGuard(self.store, caller, self.encoding, self._emitted)
+        return InboxGuard(self.store, caller, self.encoding, self.tracing, self._emitted)
 
     # Stopping
 
@@ -244,7 +255,10 @@ class Engine:
             stats=self.stats,
         )
         self._drained.set()
-        log.info("drained %s: %s", self._group, self.receipt)
+        self.metrics.drain_duration.record(
+            self.receipt.seconds, {"orderbus.group": self.group, "orderbus.clean": self.receipt.clean}
+        )
+        log.info("drained %s: %s", self.group, self.receipt)
 
     async def _stop_consumers(self) -> int:
         for consumer, _ in self._consumers:
@@ -268,14 +282,28 @@ class Engine:
             and (self._relay is None or self._relay_done.is_set())
         )
 
+    # Looking
+
+    def in_hand(self) -> Iterator[tuple[str, int, int]]:
+        """Of each consumed queue, the unsettled deliveries and the most that there may be."""
+        for consumer, _ in self._consumers:
+            yield consumer.queue, consumer.in_hand, consumer.prefetch
+
+    @property
+    def buckets(self) -> int | None:
+        """How many of the outbox's 64 buckets its relay holds; None where it runs none."""
+        return None if self._relay is None else self._relay.buckets
+
     # Work for the bus
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Tx]:
-        tx = Tx(await self.store.begin(), self.encoding)
+        with self.tracing.database("BEGIN"):
+            tx = Tx(await self.store.begin(), self.encoding, self.tracing)
         try:
             yield tx
-            await tx._commit()
+            with self.tracing.database("COMMIT"):
+                await tx._commit()
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await tx._rollback()
@@ -285,7 +313,7 @@ class Engine:
 
     @asynccontextmanager
     async def enlist(self, connection: Any) -> AsyncIterator[Tx]:
-        tx = Tx(self.store.enlist(connection), self.encoding)
+        tx = Tx(self.store.enlist(connection), self.encoding, self.tracing)
         try:
             yield tx
             await tx._commit()
@@ -295,22 +323,22 @@ class Engine:
         self._emitted(len(tx._emitted))
 
     async def publish_rows(self, rows: Sequence[OutboxRow]) -> Sequence[Receipt]:
-        receipts = await self.broker.publish([outgoing_of(row) for row in rows]) if rows else ()
+        receipts = await publish_rows(self.broker, rows, self.tracing) if rows else ()
         self.stats.published += sum(receipt is Receipt.CONFIRMED for receipt in receipts)
         return receipts
 
     def commits(self) -> GroupCommit:
         if self.draining:
-            raise UnavailableError(f"the bus {self._group!r} is draining")
+            raise UnavailableError(f"the bus {self.group!r} is draining")
         if self._commits is None:
-            self._commits = GroupCommit(self.store, self.encoding, self._committed)
+            self._commits = GroupCommit(self.store, self.encoding, self.tracing, self._committed)
             self._tasks.start_soon(_ending, self._commits.run, self._commits_done, name="group commit")
         return self._commits
 
     @property
     def store(self) -> Store:
         if self._store is None:
-            raise UsageError(f"the bus {self._group!r} has no database; set ORDERBUS_DATABASE_URL")
+            raise UsageError(f"the bus {self.group!r} has no database; set ORDERBUS_DATABASE_URL")
         return self._store
 
     @property
@@ -321,7 +349,7 @@ class Engine:
     @property
     def claims(self) -> Claims:
         if self._claims is None:
-            raise UsageError(f"the bus {self._group!r} has no claims keeper; set ORDERBUS_REDIS_URL")
+            raise UsageError(f"the bus {self.group!r} has no claims keeper; set ORDERBUS_REDIS_URL")
         return self._claims
 
     def _emitted(self, count: int) -> None:
@@ -336,12 +364,17 @@ class Engine:
             self._relay.wake()
 
     async def _repeat(self, periodic: Periodic, plan: Plan) -> None:
+        outside()
         while True:
             await anyio.sleep(periodic.every_s)
             if self.draining:
                 return
             try:
-                with anyio.fail_after(periodic.timeout_s), no_stray_cancellation(periodic.place):
+                with (
+                    self.tracing.periodic(periodic.place),
+                    anyio.fail_after(periodic.timeout_s),
+                    no_stray_cancellation(periodic.place),
+                ):
                     await self._once(periodic, plan)
             except Exception:  # the next round comes all the same; this one is rolled back
                 self.stats.failed += 1
@@ -360,6 +393,14 @@ class Engine:
             for event in check_tx_result(await periodic.function(*arguments), periodic.place):
                 tx.emit(event)
 
+    async def _look_at_the_outbox(self, relay: Relay) -> None:
+        while True:
+            try:
+                self.stats.outbox = await relay.measure()
+            except UnavailableError as error:  # its age goes on growing, as far as anyone knows
+                log.debug("the outbox can't be measured: %s", error)
+            await anyio.sleep(MEASURE_EVERY_S)
+
     async def _maintain(self) -> None:
         while True:
             try:
@@ -372,7 +413,14 @@ class Engine:
             await anyio.sleep(MAINTENANCE_EVERY_S)
 
 
+def _system(url: str | None) -> str:
+    """What the conventions of OpenTelemetry call the server behind a URL."""
+    scheme = (url or "memory").partition(":")[0]
+    return {"amqp": "rabbitmq", "amqps": "rabbitmq", "postgres": "postgresql", "embedded": "postgresql"}.get(scheme, scheme)
+
+
 async def _ending(run: Callable[[], Any], done: anyio.Event) -> None:
+    outside()  # a task begins in the context of whoever happened to start it
     try:
         await run()
     finally:

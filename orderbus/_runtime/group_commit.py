@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 
 from orderbus._runtime.calling import no_stray_cancellation
+from orderbus._runtime.tracing import Tracing, current_span, current_trace
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Store
 from orderbus.errors import TransientError, UnavailableError
@@ -30,10 +31,12 @@ LANES = 2
 
 
 class _Ticket(Generic[T]):
-    __slots__ = ("abandoned", "done", "error", "result", "work")
+    __slots__ = ("abandoned", "cause", "done", "error", "result", "span", "work")
 
     def __init__(self, work: Callable[[Tx], Awaitable[T] | T]) -> None:
         self.work = work
+        self.cause = current_trace()
+        self.span = current_span()
         self.done = anyio.Event()
         self.result: Any = None
         self.error: BaseException | None = None
@@ -43,9 +46,10 @@ class _Ticket(Generic[T]):
 class GroupCommit:
     """Runs `work(tx)` for many callers in few transactions."""
 
-    def __init__(self, store: Store, encoding: Encoding, on_commit: Callable[[int], None]) -> None:
+    def __init__(self, store: Store, encoding: Encoding, tracing: Tracing, on_commit: Callable[[int], None]) -> None:
         self._store = store
         self._encoding = encoding
+        self._tracing = tracing
         self._on_commit = on_commit
         self._waiting: deque[_Ticket[Any]] = deque()
         self._idle: deque[anyio.Event] = deque()
@@ -137,13 +141,17 @@ class GroupCommit:
             self._finish(together, None)
 
     async def _commit(self, together: Sequence[_Ticket[Any]]) -> None:
-        tx = Tx(await self._store.begin(), self._encoding)
+        spans = [ticket.span for ticket in together if ticket.span is not None]
+        with self._tracing.database("BEGIN", spans):
+            tx = Tx(await self._store.begin(), self._encoding, self._tracing)
         try:
             for ticket in together:
+                tx._cause = ticket.cause
                 with no_stray_cancellation("group_commit"):
                     result = ticket.work(tx)
                     ticket.result = await result if isinstance(result, Awaitable) else result
-            await tx._commit()
+            with self._tracing.database("COMMIT", spans):
+                await tx._commit()
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await tx._rollback()

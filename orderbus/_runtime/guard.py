@@ -20,6 +20,7 @@ from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.policy import RetryLater
 from orderbus._core.work import Work, by_key, check_tx_result
 from orderbus._runtime.calling import check_cancelled, running_clock
+from orderbus._runtime.tracing import Tracing, inside, spans_of
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Claims, ClaimState, InboxEntry, Store, Verdict
 from orderbus.errors import HandlerTimeout, MessageError, UnavailableError, UsageError
@@ -43,8 +44,9 @@ class Guard(Protocol):
 class Caller:
     """Calls handlers with what their signatures ask for, under a time limit. Made where an event loop runs."""
 
-    def __init__(self, resources: Mapping[type, Any]) -> None:
+    def __init__(self, resources: Mapping[type, Any], tracing: Tracing) -> None:
         self._resources = resources
+        self._tracing = tracing
         self._now = running_clock()
 
     async def together(self, works: Sequence[Work], tx: Tx | None) -> list[Outcome]:
@@ -99,8 +101,15 @@ class Caller:
 
     async def _one(self, work: Work, tx: Tx | None, deadline: float) -> None:
         handler = work.route.handler
+        arguments = self._arguments(work, work.event, tx, deadline)
+        if tx is not None:
+            tx._cause = work.trace if work.span is None else self._tracing.cause(work)
         try:
-            result = await handler.function(*self._arguments(work, work.event, tx, deadline))
+            if work.span is None:
+                result = await handler.function(*arguments)
+            else:
+                with inside(work.span):
+                    result = await handler.function(*arguments)
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise
@@ -116,8 +125,11 @@ class Caller:
     async def _batch(self, works: Sequence[Work], tx: Tx | None, deadline: float) -> list[Outcome]:
         batch = Batch([Item(work.event, delivery_of(work, deadline)) for work in works])
         handler = works[0].route.handler
+        if tx is not None:
+            tx._causes = {work.key: cause for work in works if work.key is not None and (cause := self._tracing.cause(work))}
         try:
-            result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
+            with self._tracing.handling_batch(works):
+                result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise
@@ -158,17 +170,22 @@ def delivery_of(work: Work, deadline: float) -> Delivery:
 class InboxGuard:
     """A row in the effect's own transaction is the truth."""
 
-    def __init__(self, store: Store, caller: Caller, encoding: Encoding, on_emit: Callable[[int], None]) -> None:
+    def __init__(
+        self, store: Store, caller: Caller, encoding: Encoding, tracing: Tracing, on_emit: Callable[[int], None]
+    ) -> None:
         self._store = store
         self._caller = caller
         self._encoding = encoding
+        self._tracing = tracing
         self._on_emit = on_emit
 
     async def run(self, works: Sequence[Work]) -> list[Outcome]:
         works_in_order = by_key(works)
         entries = [InboxEntry(work.id, work.route.handler.consumer, work.hash) for work in works_in_order]
-        transaction = await self._store.begin(entries)
-        tx = Tx(transaction, self._encoding)
+        spans = spans_of(works) if self._tracing.records else ()
+        with self._tracing.database("BEGIN", spans):
+            transaction = await self._store.begin(entries)
+        tx = Tx(transaction, self._encoding, self._tracing)
         outcomes: dict[int, Outcome] = {}
         try:
             fresh = []
@@ -188,7 +205,8 @@ class InboxGuard:
                     outcomes[id(work)] = result
                     if result is not HANDLED:
                         forget.append(entry)
-                await tx._commit(forget)
+                with self._tracing.database("COMMIT", spans):
+                    await tx._commit(forget)
                 self._on_emit(len(tx._emitted))
         except BaseException:
             with anyio.CancelScope(shield=True):

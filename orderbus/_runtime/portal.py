@@ -19,6 +19,7 @@ import anyio.to_thread
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.topology import Topology
 from orderbus.abc import (
+    Backlog,
     Broker,
     ClaimAnswer,
     Claims,
@@ -296,6 +297,9 @@ class PortalOutbox:
         self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
     ) -> OutboxPage:
         return await self._portal.call(self._inner.read, buckets, floor, limit, limit_bytes, up_to)
+
+    async def backlog(self, buckets: Sequence[int], floor: int) -> Backlog:
+        return await self._portal.call(self._inner.backlog, buckets, floor)
 
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         return await self._portal.call(self._inner.delete, rows)

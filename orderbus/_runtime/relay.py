@@ -18,8 +18,10 @@ from orderbus._core.outbox import Floor, first_per_key, idle_wait_s, stuck_retry
 from orderbus._core.policy import backoff_s
 from orderbus._core.settings import Settings
 from orderbus._core.topology import EVENTS_EXCHANGE, routing_key
+from orderbus._runtime.metrics import meters
 from orderbus._runtime.stats import Stats
-from orderbus.abc import Broker, OutboxRow, OutboxStore, Stuck
+from orderbus._runtime.tracing import Tracing
+from orderbus.abc import Backlog, Broker, OutboxRow, OutboxStore, Stuck
 from orderbus.errors import UnavailableError
 
 log = logging.getLogger("orderbus.relay")
@@ -36,7 +38,14 @@ class Relay:
     """Publishes the outbox's rows of the buckets that it leases, in the order of each key."""
 
     def __init__(
-        self, outbox: OutboxStore, broker: Broker, settings: Settings, stats: Stats, owner: str, rng: random.Random
+        self,
+        outbox: OutboxStore,
+        broker: Broker,
+        settings: Settings,
+        stats: Stats,
+        owner: str,
+        rng: random.Random,
+        tracing: Tracing | None = None,
     ) -> None:
         self._outbox = outbox
         self._broker = broker
@@ -44,6 +53,7 @@ class Relay:
         self._lease_s = settings.relay_lease_s
         self._stats = stats
         self._owner = owner
+        self._tracing = tracing
         self._rng = rng
         self._buckets: frozenset[int] = frozenset()
         self._renew_at = 0.0
@@ -58,6 +68,15 @@ class Relay:
     def wake(self) -> None:
         """Something was committed in this process: look now. Cheap, and harmless when there is nothing."""
         self._wake.set()
+
+    @property
+    def buckets(self) -> int:
+        """How many it holds."""
+        return len(self._buckets)
+
+    async def measure(self) -> Backlog:
+        """What waits in its buckets. Raises UnavailableError."""
+        return await self._outbox.backlog(sorted(self._buckets), self._floor.value)
 
     def stop(self) -> None:
         """Finish the batch under way, give the buckets back, end."""
@@ -217,7 +236,7 @@ class Relay:
                 self._renew_at = 0.0
                 break
             try:
-                receipts = await self._broker.publish([outgoing_of(row) for row in now])
+                receipts = await publish_rows(self._broker, now, self._tracing)
             except UnavailableError as error:
                 sent.failure = error
                 break
@@ -272,6 +291,28 @@ class _Sent:
         self.is_whole = False
         """Whether all rows are out, so that what follows them may go."""
         self.failure: UnavailableError | None = None
+
+
+_FAILED_SEND = {"messaging.operation.name": "send", "error.type": "UnavailableError"}
+
+
+async def publish_rows(broker: Broker, rows: Sequence[OutboxRow], tracing: Tracing | None) -> Sequence[Receipt]:
+    """Publish the messages of outbox rows; one receipt each, in order."""
+    messages = [outgoing_of(row) for row in rows]
+    began, metrics = anyio.current_time(), meters()
+    receipts: Sequence[Receipt] | None = None
+    begun = tracing.sending(rows, messages) if tracing is not None else ()
+    try:
+        receipts = await broker.publish(messages)
+    finally:
+        if begun and tracing is not None:
+            tracing.sent(begun, receipts)
+        if metrics.records:
+            metrics.operation_duration.record(
+                anyio.current_time() - began,
+                {"messaging.operation.name": "send"} if receipts is not None else _FAILED_SEND,
+            )
+    return receipts
 
 
 def outgoing_of(row: OutboxRow) -> Outgoing:

@@ -16,11 +16,12 @@ import anyio
 
 from orderbus._core.delivery import Delivery, State, Step
 from orderbus._core.handler import ORDERED_RETRY_LIMIT_S
+from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.leaving import error_text, parked_message, retry_message
 from orderbus._core.message import BodyNotKept, Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.policy import Again, Parked, backoff_s, bare, decide
 from orderbus._core.work import AnyOrder, KeyOrder, Work
-from orderbus._runtime.guard import DUPLICATE, HANDLED, Guard, delivery_of
+from orderbus._runtime.guard import HANDLED, Guard, delivery_of
 from orderbus.abc import Subscription
 from orderbus.errors import MessageError, TransientError, UnavailableError, UsageError
 
@@ -55,6 +56,9 @@ class Session:
         self._c = consumer
         self._env = consumer.env
         self._stats = consumer.env.stats
+        self._queue_stats = consumer.stats
+        self._tracing = consumer.env.tracing
+        self._metrics = consumer.env.metrics
         self._subscription = subscription
         self._intake = KeyOrder(max(consumer.prefetch // 2, 1)) if consumer.ordered else AnyOrder()
         self._idle: deque[anyio.Event] = deque()
@@ -69,6 +73,7 @@ class Session:
         self._leaving_changed = anyio.Event()
         self._workers_are_gone = False
         self.running = 0
+        self.in_hand = 0
         self.received = False
 
     async def run(self) -> None:
@@ -110,6 +115,8 @@ class Session:
             deliveries = await self._subscription.receive()
             self.received = True
             self._stats.received += len(deliveries)
+            self._queue_stats.received += len(deliveries)
+            self.in_hand += len(deliveries)
             self._intake.add([Work(incoming) for incoming in deliveries])
             self._wake_workers()
 
@@ -193,8 +200,13 @@ class Session:
                 if not work.solo:
                     work.read(self._c.routes, now_s=now, window_s=self._env.window_s)
             except BodyNotKept as error:
-                log.error("queue %s: a message is rejected into the dead letters: %s", self._c.queue, error)
-                self._stats.parked += 1
+                log.error(
+                    "queue %s: a message is rejected into the dead letters: %s",
+                    self._c.queue,
+                    error,
+                    extra=self._about(work, error, error.reason),
+                )
+                self._count_parked(error.reason)
                 work.take(Step.LEAVE)
                 self._settle(work, Step.DEAD_LETTER)
                 continue
@@ -225,28 +237,53 @@ class Session:
         return list(groups.values())
 
     async def _attempt(self, guard: Guard, works: Sequence[Work], leaving: list[tuple[Work, Outgoing]]) -> None:
+        self._tracing.begin(works)
+        began = anyio.current_time() if self._metrics.records else 0.0
         try:
-            outcomes = await self._guarded(guard, works)
-        except Exception as error:  # the policy decides, as for every exception of a handler
-            if len(works) > 1 and not isinstance(bare(error), UnavailableError):
-                for work in works:
-                    work.solo = True
-                    await self._attempt(guard, [work], leaving)
-                return
-            outcomes = [error] * len(works)
+            try:
+                outcomes = await self._guarded(guard, works)
+            except Exception as error:  # the policy decides, as for every exception of a handler
+                if len(works) > 1 and not isinstance(bare(error), UnavailableError):
+                    self._tracing.end(works, error)
+                    for work in works:
+                        work.solo = True
+                        await self._attempt(guard, [work], leaving)
+                    return
+                outcomes = [error] * len(works)
+            if self._metrics.records:
+                self._measure(works, outcomes, anyio.current_time() - began)
+            self._conclude(works, outcomes, leaving)
+        finally:
+            self._tracing.end(works)
+        self._env.wake_relay()
+
+    def _measure(self, works: Sequence[Work], outcomes: Sequence[str | Exception], took_s: float) -> None:
+        attributes = {"orderbus.consumer": works[0].route.handler.consumer}
+        failed = next((bare(outcome) for outcome in outcomes if isinstance(outcome, Exception)), None)
+        if failed is not None:
+            self._metrics.process_duration.record(took_s, {**attributes, "error.type": type(failed).__name__})
+        else:
+            self._metrics.process_duration.record(took_s, attributes)
+        made = [uuid7_time_ms(work.id) for work, outcome in zip(works, outcomes, strict=True) if outcome is HANDLED]
+        if oldest_ms := min((ms for ms in made if ms is not None), default=None):
+            self._metrics.lag.record(max(self._env.clock() - oldest_ms / 1000, 0.0), attributes)
+
+    def _conclude(self, works: Sequence[Work], outcomes: Sequence[str | Exception], leaving: list[tuple[Work, Outgoing]]) -> None:
+        counts = self._stats.handlers[works[0].route.handler.consumer]
         if outcomes[0] is HANDLED:
             self._c.outage.passed(works[0].route.handler.consumer)
         for work, outcome in zip(works, outcomes, strict=True):
-            if outcome is HANDLED or outcome is DUPLICATE:
-                if outcome is HANDLED:
-                    self._stats.handled += 1
-                else:
-                    self._stats.duplicates += 1
-                self._settle(work, Step.FINISH)
-            else:
-                assert isinstance(outcome, Exception)
+            if isinstance(outcome, Exception):
                 self._failed(work, outcome, leaving)
-        self._env.wake_relay()
+                continue
+            if outcome is HANDLED:
+                self._stats.handled += 1
+                counts.handled += 1
+            else:
+                self._stats.duplicates += 1
+                counts.duplicate += 1
+            work.outcome = outcome
+            self._settle(work, Step.FINISH)
 
     async def _guarded(self, guard: Guard, works: Sequence[Work]) -> list[str | Exception]:
         if not self._env.middleware:
@@ -269,31 +306,46 @@ class Session:
 
     def _failed(self, work: Work, error: Exception, leaving: list[tuple[Work, Outgoing]]) -> None:
         handler = work.route.handler
+        counts = self._stats.handlers[handler.consumer]
         work.error = error = bare(error)
         work.yields = False
         if isinstance(error, UnavailableError):
             work.failures += 1
             work.solo = work.solo or work.failures >= SOLO_AFTER
             self._stats.waited += 1
+            counts.waited += 1
+            work.outcome = "waits"
             delay_s = 0.0 if isinstance(error, TransientError) else backoff_s(work.failures, jitter=self._env.rng.random())
             if isinstance(error, TransientError):
-                log.warning("%s: event %s: %s; again at once", handler.consumer, work.id, _brief(error))
+                log.warning(
+                    "%s: event %s: %s; again at once", handler.consumer, work.id, _brief(error), extra=self._about(work, error)
+                )
             else:
                 self._c.outage.met(handler.consumer, work.id, _brief(error), delay_s)
             self._wait(work, delay_s)
             return
         self._stats.failed += 1
+        counts.failed += 1
         decision = decide(handler.options.retry, error, work.attempt)
         if work.first_failed_at is None:
             work.first_failed_at = self._env.clock()
+        work.outcome = "parked" if isinstance(decision, Parked) else "retried"
         if isinstance(decision, Parked):
             leaving.append(self._park(work, decision.reason, error))
             return
         if decision.counted:
             self._stats.retried += 1
-        log.info(
-            "%s: event %s: try %d: %s: again in %g s", handler.consumer, work.id, work.attempt, _brief(error), decision.delay_s
-        )
+            counts.retried += 1
+        if log.isEnabledFor(logging.INFO):
+            log.info(
+                "%s: event %s: try %d: %s: again in %g s",
+                handler.consumer,
+                work.id,
+                work.attempt,
+                _brief(error),
+                decision.delay_s,
+                extra=self._about(work, error),
+            )
         if self._c.ordered or decision.in_process:
             self._wait_again(work, decision)
         else:
@@ -321,12 +373,17 @@ class Session:
     def _settle(self, work: Work, taken: Step) -> None:
         work.take(taken)
         self._subscription.settle(work.incoming, FINAL_STEPS[taken])
+        if work.span is not None:
+            self._tracing.settled(work, FINAL_STEPS[taken].value)
+        self.in_hand -= 1
         self._c.owes = True
         self._c.finished += taken is Step.FINISH
         self._intake.done(work)
 
     def _give_back(self, work: Work) -> None:
         self._stats.released += 1
+        self._queue_stats.released += 1
+        self.in_hand -= 1
         work.take(Step.GIVE_BACK)
         if not self._c.ordered:
             self._subscription.settle(work.incoming, Settlement.RELEASE)
@@ -334,9 +391,33 @@ class Session:
 
     def _park(self, work: Work, reason: str, error: Exception | None) -> tuple[Work, Outgoing]:
         read = work if work.route is not None else None
-        log.error("queue %s: message %s parked: %s: %s", self._c.queue, _name(work.incoming), reason, _brief(error))
-        self._stats.parked += 1
+        log.error(
+            "queue %s: message %s parked: %s: %s",
+            self._c.queue,
+            _name(work.incoming),
+            reason,
+            _brief(error),
+            extra=self._about(work, error, reason),
+        )
+        self._count_parked(reason)
         return work, parked_message(work.incoming, reason, error, work=read, now_s=self._env.clock())
+
+    def _about(self, work: Work, error: BaseException | None = None, reason: str | None = None) -> dict[str, str]:
+        """For whoever searches the log, by the names of the Elastic Common Schema where it has one. No key: it may be a person."""
+        about = {"orderbus.queue": self._c.queue}
+        if work.id is not None:
+            about["event.id"] = str(work.id)
+        if work.route is not None:
+            about["orderbus.consumer"] = work.route.handler.consumer
+        if error is not None:
+            about["error.type"] = type(error).__name__
+        if reason is not None:
+            about["event.reason"] = reason
+        return about | self._tracing.ids(work)
+
+    def _count_parked(self, reason: str) -> None:
+        self._stats.parked += 1
+        self._queue_stats.count_parked(reason)
 
     def _later(self, work: Work, delay_s: float, *, counted: bool) -> tuple[Work, Outgoing]:
         return work, retry_message(work, delay_s, counted=counted, now_s=self._env.clock())
@@ -365,7 +446,8 @@ class Session:
 
     async def _publish(self, leaving: Sequence[tuple[Work, Outgoing]]) -> None:
         try:
-            receipts = await self._env.broker.publish([outgoing for _, outgoing in leaving])
+            with self._tracing.leaving(leaving):
+                receipts = await self._env.broker.publish([outgoing for _, outgoing in leaving])
         except UnavailableError as error:
             log.warning("queue %s: retries and dead letters can't be published: %s", self._c.queue, error)
             receipts = [Receipt.UNKNOWN] * len(leaving)
@@ -387,7 +469,13 @@ class Session:
             due = anyio.current_time() + backoff_s(work.refusals, jitter=self._env.rng.random())
             self._refused.append((due, work, outgoing))
             return
-        log.error("queue %s: message %s can't be moved to %s", self._c.queue, _name(work.incoming), outgoing.routing_key)
+        log.error(
+            "queue %s: message %s can't be moved to %s",
+            self._c.queue,
+            _name(work.incoming),
+            outgoing.routing_key,
+            extra=self._about(work),
+        )
         self.running -= 1
         self._settle(work, Step.REJECT)
 

@@ -4,6 +4,37 @@ from __future__ import annotations
 
 import msgspec
 
+from orderbus.abc import Backlog
+
+MOST_REASONS = 50
+"""Of one queue. A handler may park for any reason, and each is a time series."""
+
+
+class HandlerStats(msgspec.Struct):
+    """Of one handler, by what became of its tries."""
+
+    handled: int = 0
+    duplicate: int = 0
+    failed: int = 0
+    """Tries that raised, whatever followed."""
+    retried: int = 0
+    waited: int = 0
+
+
+class QueueStats(msgspec.Struct):
+    """Of one consumed queue."""
+
+    received: int = 0
+    released: int = 0
+    reconnects: int = 0
+    parked: dict[str, int] = msgspec.field(default_factory=dict)
+    """By reason: the first 50 that came up, and `other`."""
+
+    def count_parked(self, reason: str) -> None:
+        if reason not in self.parked and len(self.parked) >= MOST_REASONS:
+            reason = "other"
+        self.parked[reason] = self.parked.get(reason, 0) + 1
+
 
 class Stats(msgspec.Struct):
     received: int = 0
@@ -24,6 +55,10 @@ class Stats(msgspec.Struct):
     """Events that nobody was bound to, of classes that say `unrouted="drop"`."""
     published: int = 0
     emitted: int = 0
+    handlers: dict[str, HandlerStats] = msgspec.field(default_factory=dict)
+    queues: dict[str, QueueStats] = msgspec.field(default_factory=dict)
+    outbox: Backlog | None = None
+    """What waits for this process's relay, as it last looked; None where it runs none, or nobody collects metrics."""
 
 
 class DrainReceipt(msgspec.Struct, frozen=True):

@@ -14,6 +14,8 @@ from orderbus._core.ids import uuid7
 from orderbus._core.message import VERSION
 from orderbus._core.signing import SIGNATURE, SigningKeys
 from orderbus._core.topology import bucket_of
+from orderbus._core.trace_context import TraceHeaders
+from orderbus._runtime.tracing import Tracing, current_trace
 from orderbus.abc import Deferred, InboxEntry, OutboxRow, Transaction
 from orderbus.errors import UsageError
 
@@ -44,7 +46,7 @@ class Encoding:
         self.rng = rng
         self.signing = signing
 
-    def row(self, event: Event, due_at: datetime | None = None) -> OutboxRow:
+    def row(self, event: Event, due_at: datetime | None = None, trace: TraceHeaders | None = None) -> OutboxRow:
         """Raises UsageError for what is no event, has no topic, is too large, or is due at a time without a zone."""
         kind = event_type(type(event))
         event_id = uuid7(int(self.clock() * 1000), self.rng.getrandbits(80))
@@ -55,6 +57,8 @@ class Encoding:
             )
         body, content_type = encode(event, self.form, limit_bytes=self.limit_bytes), CONTENT_TYPES[self.form]
         headers = {} if kind.version == 1 else {VERSION: str(kind.version)}
+        if trace is not None:
+            headers.update(trace)
         if self.signing is not None:
             headers[SIGNATURE] = self.signing.sign(kind.topic, str(event_id), key, content_type, body)
         return OutboxRow(
@@ -88,11 +92,16 @@ class Tx:
     Not safe for use by several tasks at once. After its end every method raises UsageError.
     """
 
-    __slots__ = ("_deferred", "_emitted", "_encoding", "_ended", "_transaction")
+    __slots__ = ("_cause", "_causes", "_deferred", "_emitted", "_encoding", "_ended", "_tracing", "_transaction")
 
-    def __init__(self, transaction: Transaction, encoding: Encoding) -> None:
+    def __init__(self, transaction: Transaction, encoding: Encoding, tracing: Tracing | None = None) -> None:
         self._transaction = transaction
         self._encoding = encoding
+        self._tracing = tracing
+        self._cause: TraceHeaders | None = None
+        """The trace of what is being handled, for what it emits."""
+        self._causes: Mapping[str | None, TraceHeaders] = {}
+        """In a batch, the traces of its items by their keys."""
         self._deferred: list[Deferred] = []
         self._emitted: list[OutboxRow] = []
         self._ended = False
@@ -105,7 +114,10 @@ class Tx:
         self._check_open()
         if len(self._emitted) >= MOST_EMITTED:
             raise UsageError(f"a transaction emits at most {MOST_EMITTED} events; split the work")
-        row = self._encoding.row(event, due_at)
+        trace = current_trace() or self._cause
+        if self._causes:
+            trace = self._causes.get(event_key(event), trace)
+        row = self._encoding.row(event, due_at, trace)
         self._emitted.append(row)
         return row.event_id
 
@@ -128,25 +140,29 @@ class Tx:
 
     async def execute(self, sql: str, params: Params = ()) -> int:
         """Run a statement now; the number of rows it touched. Deferred writes have not run yet."""
-        self._check_open()
-        return (await self._transaction.execute(sql, params))[1]
+        return (await self._run(sql, params))[1]
 
     async def fetch_one(self, sql: str, params: Params = ()) -> Row | None:
         """The first row of a query, or None."""
-        self._check_open()
-        rows, _ = await self._transaction.execute(sql, params)
+        rows, _ = await self._run(sql, params)
         return rows[0] if rows else None
 
     async def fetch_all(self, sql: str, params: Params = ()) -> Sequence[Row]:
         """All rows of a query. They are held in memory: bound them with `limit`."""
-        self._check_open()
-        return (await self._transaction.execute(sql, params))[0]
+        return (await self._run(sql, params))[0]
 
     @property
     def connection(self) -> Any:
         """psycopg's AsyncConnection, for what the above can't do. Do not commit it. UsageError under trio and on the memory store."""
         self._check_open()
         return self._transaction.connection
+
+    async def _run(self, sql: str, params: Params) -> tuple[Sequence[Row], int]:
+        self._check_open()
+        if self._tracing is None or not self._tracing.records:
+            return await self._transaction.execute(sql, params)
+        with self._tracing.database(sql.split(None, 1)[0].upper() if sql.strip() else "EXECUTE", query=sql):
+            return await self._transaction.execute(sql, params)
 
     async def _commit(self, forget: Sequence[InboxEntry] = ()) -> None:
         self._check_open()

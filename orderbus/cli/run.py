@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -20,9 +21,10 @@ from orderbus._runtime.stats import DrainReceipt
 from orderbus.cli.describing import banner
 from orderbus.cli.exits import ExitCode, clear_errors
 from orderbus.cli.loading import load_buses, settings_of
-from orderbus.cli.logs import LogLevel, log_to_stderr
 from orderbus.cli.output import error_console, print_json
 from orderbus.errors import UsageError
+from orderbus.logs import configure, levels_of
+from orderbus.telemetry import exported
 
 EXAMPLE = "Example: orderbus run services.payment:bus services.inventory:bus --loop uvloop --log-json"
 
@@ -35,20 +37,31 @@ log = logging.getLogger("orderbus")
 def run(
     targets: Annotated[list[str], typer.Argument(metavar="MODULE:BUS", help="The buses to run, in one process.")],
     loop: Annotated[Loop, typer.Option(help="The event loop; auto is uvloop where it is installed.")] = "auto",
-    log_level: Annotated[LogLevel, typer.Option(help="The least level that is logged.")] = "info",
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines, and print no banner.")] = False,
+    log_level: Annotated[
+        str,
+        typer.Option(
+            envvar="ORDERBUS_LOG_LEVEL",
+            help="The least level that is logged, and those of single loggers: info,orderbus.relay=debug",
+        ),
+    ] = "info",
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log JSON lines on stdout, in the Elastic Common Schema, and print no banner.")
+    ] = False,
 ) -> None:
     """Run buses until SIGTERM or SIGINT, then drain them.
 
     Each drained bus prints a receipt, one JSON line on stdout. The exit code is 0 after a clean drain, 3 where work had to be
     cancelled and given back to the broker, 4 where a server was not available at the start.
     """
-    log_to_stderr(log_level, as_json=log_json)
+    levels_of(log_level)
     buses = load_buses(targets)
+    name = os.environ.get("OTEL_SERVICE_NAME") or "+".join(bus.group for bus in buses)
+    configure(name, levels=log_level, as_json=log_json)
     _check_memory_is_shared(buses)
     backend, options = _backend(loop)
     try:
-        anyio.run(_run, buses, log_json, backend=backend, backend_options=options)
+        with exported(name):
+            anyio.run(_run, buses, log_json, backend=backend, backend_options=options)
     finally:
         for bus in buses:
             if bus.receipt is not None:

@@ -24,7 +24,7 @@ class ChildFailed(RuntimeError):
 
 
 class Child:
-    """One service as a process. Its output goes to `folder`/NAME.log, its receipts to NAME.out."""
+    """One service as a process. Its stderr goes to `folder`/NAME.log, its stdout, with its receipts, to NAME.out."""
 
     def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self.name = name
@@ -59,7 +59,10 @@ class Child:
         """Raises ChildFailed when it has ended by itself."""
         assert self._process is not None
         if self._process.poll() is not None:
-            raise ChildFailed(f"{self.name} ended with code {self._process.returncode}:\n{_tail(self.log)}")
+            raise ChildFailed(f"{self.name} ended with code {self._process.returncode}:\n{_tail(self.log) or _tail(self.out)}")
+
+    def has_said(self, words: str) -> bool:
+        return any(words.encode() in path.read_bytes() for path in (self.log, self.out))
 
     def wait(self, timeout_s: float) -> int:
         assert self._process is not None
@@ -79,9 +82,11 @@ class Child:
         found = []
         for line in self.out.read_bytes().splitlines():
             try:
-                found.append(msgspec.json.decode(line, type=dict[str, object]))
+                line_of = msgspec.json.decode(line, type=dict[str, object])
             except msgspec.DecodeError:
                 continue  # a line of another kind
+            if line_of.get("event") == "drained":
+                found.append(line_of)
         return found
 
 
@@ -103,10 +108,10 @@ def wait_until_ready(url: str, children: Iterable[Child], timeout_s: float = 60.
 
 
 def wait_until_said(words: str, children: Iterable[Child], timeout_s: float = 60.0) -> None:
-    """Until each child has these words in its log. Raises ChildFailed when one ends first, TimeoutError when it takes too long."""
+    """Until each child has these words in its output. Raises ChildFailed when one ends first, TimeoutError when it takes too long."""
     deadline = time.monotonic() + timeout_s
     waiting = list(children)
-    while waiting := [child for child in waiting if words.encode() not in child.log.read_bytes()]:
+    while waiting := [child for child in waiting if not child.has_said(words)]:
         for child in waiting:
             child.check()
         if time.monotonic() > deadline:

@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack
 import anyio
 
 from orderbus import collect_rarely
+from orderbus.telemetry import exported
 from services import aggregator, inventory, notification, orders_api, outbox_dispatcher, payment
 from services.orders_api.serve import serve
-from services.shared.logs import log_to_stderr, print_receipt
+from services.shared.logs import print_receipt, set_up_logs
 
 BUSES = (outbox_dispatcher.bus, payment.bus, inventory.bus, aggregator.bus, notification.bus, orders_api.bus)
 
@@ -28,5 +29,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    log_to_stderr()
-    anyio.run(main, backend_options={"use_uvloop": True})
+    set_up_logs("orders")
+    with exported("orders"):
+        anyio.run(main, backend_options={"use_uvloop": True})

@@ -7,9 +7,10 @@ import os
 import anyio
 
 from orderbus import collect_rarely
+from orderbus.telemetry import exported
 from services.orders_api.serve import serve
 from services.orders_api.service import bus
-from services.shared.logs import log_to_stderr, print_receipt
+from services.shared.logs import print_receipt, set_up_logs
 
 
 async def main() -> None:
@@ -21,5 +22,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    log_to_stderr()
-    anyio.run(main, backend_options={"use_uvloop": True})
+    set_up_logs(bus.group)
+    with exported(bus.group):
+        anyio.run(main, backend_options={"use_uvloop": True})

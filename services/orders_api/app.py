@@ -14,6 +14,7 @@ from orderbus import Bus, UnavailableError, new_id
 from services.orders_api import idempotency, openapi, orders
 from services.orders_api.http import JSON_HEADERS, Limits, answer, encode, read_body, refuse
 from services.orders_api.problem import Mistake, Problem
+from services.orders_api.telemetry import Requests, Watched
 from services.orders_api.validation import read_order
 
 log = logging.getLogger("orders_api")
@@ -33,6 +34,7 @@ class App:
         self.in_flight: set[asyncio.Task[Any]] = set()
         self._bus = bus
         self._limits = limits
+        self._requests = Requests()
         self._document = encode(openapi.document())
         self._page = openapi.page()
 
@@ -41,6 +43,14 @@ class App:
         loop.call_soon(self.listening.set)
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        if not self._requests.records:
+            await self._answer(scope, protocol)
+            return
+        watched = Watched(protocol)
+        with self._requests.request(scope, _route_of(scope.path), watched):
+            await self._answer(scope, watched)
+
+    async def _answer(self, scope: Any, protocol: Any) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.in_flight.add(task)
@@ -131,6 +141,13 @@ _GET: dict[str, Callable[[App, Any, Any], Awaitable[None]]] = {
     "/openapi.json": App._openapi,
     "/docs": App._docs,
 }
+
+
+def _route_of(path: str) -> str:
+    """Under which name a path is counted."""
+    if path in ROUTES:
+        return path
+    return f"{ORDER}{{order_id}}" if path.startswith(ORDER) else "other"
 
 
 def _read_query(query: str) -> tuple[UUID, int, UUID | None]:

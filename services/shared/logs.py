@@ -1,37 +1,19 @@
-"""The services' logs: JSON lines on stderr, the drain's receipt as a JSON line on stdout."""
+"""The services' logs: JSON lines on stdout unless stderr is a terminal; and the drain's receipt, a JSON line among them."""
 
 from __future__ import annotations
 
-import logging
-import sys
-import time
+import os
 
 import msgspec
 import orjson
 
 from orderbus import Bus
+from orderbus.logs import configure
 
 
-class JsonLines(logging.Formatter):
-    """One object a line: time, level, logger, message, and the traceback where there is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "@timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "log.level": record.levelname.lower(),
-            "log.logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["error.stack_trace"] = self.formatException(record.exc_info)
-        return orjson.dumps(line).decode()
-
-
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Send the root logger's records there."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+def set_up_logs(service: str) -> None:
+    """With the levels of ORDERBUS_LOG_LEVEL."""
+    configure(os.environ.get("OTEL_SERVICE_NAME") or service, levels=os.environ.get("ORDERBUS_LOG_LEVEL") or "info")
 
 
 def print_receipt(bus: Bus) -> None:

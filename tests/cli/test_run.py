@@ -111,12 +111,17 @@ def test_the_banner_says_what_consumes_what(project: Project) -> None:
 def test_json_logs_are_json_on_every_line(project: Project) -> None:
     project.write(SHOP)
     process = project.start("run", project.bus, "--log-json")
-    open_and_heard(process)
+    assert process.stdout is not None
+    output = lines_until(process.stdout, "heard")
     process.send_signal(signal.SIGTERM)
-    _, _, errors = ended(process)
-    lines = [json.loads(line) for line in errors.splitlines()]
+    code, rest, errors = ended(process)
+    assert (code, errors) == (0, "")
+    lines = [json.loads(line) for line in [*output, *rest.splitlines()] if "heard" not in line]
+    receipt = lines.pop()
+    assert receipt["event"] == "drained"
     assert {"running: shop", "received SIGTERM: draining"} <= {line["message"] for line in lines}
-    assert all({"time", "level", "logger"} <= line.keys() for line in lines)
+    assert {line["service.name"] for line in lines} == {"shop"}
+    assert all({"@timestamp", "log.level", "log.logger", "ecs.version"} <= line.keys() for line in lines)
 
 
 def test_several_buses_in_one_process_hear_each_other(project: Project) -> None:

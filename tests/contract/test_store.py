@@ -13,7 +13,7 @@ import pytest
 
 from orderbus._core.ids import uuid7
 from orderbus._core.topology import BUCKETS
-from orderbus.abc import InboxEntry, OutboxRow, Store, Stuck, Verdict
+from orderbus.abc import Backlog, InboxEntry, OutboxRow, Store, Stuck, Verdict
 from orderbus.errors import UsageError
 from tests.contract.talk import LIMIT_S
 
@@ -228,6 +228,22 @@ async def test_a_read_is_bounded_by_bucket_floor_rows_and_bytes(store: Store) ->
     assert await waiting(store, floor=every[3].id) == every[4:]
     assert await waiting(store, limit=2) == every[:2]
     assert await waiting(store, limit_bytes=1) == every[:1]
+
+
+async def test_a_backlog_is_what_waits_and_what_is_stuck_in_some_buckets(store: Store) -> None:
+    assert await store.outbox.backlog(list(ALL), 0) == Backlog(0, 0.0, 0)
+    await emit(store, *(row(str(i), key=str(i), bucket=i % 2) for i in range(6)))
+    every = await waiting(store)
+    await store.outbox.set_aside([Stuck(every[0], "unroutable", 3600)])
+
+    whole = await store.outbox.backlog(list(ALL), 0)
+    assert (whole.waiting, whole.stuck) == (5, 1)
+    assert 0 <= whole.oldest_s < 60
+    odd = await store.outbox.backlog([1], every[1].id)
+    assert odd.waiting in (2, 3)  # a store in memory has no use for the floor
+    assert odd.stuck == 0
+    await store.outbox.delete(await waiting(store))
+    assert (await store.outbox.backlog(list(ALL), 0)) == Backlog(0, 0.0, 1)
 
 
 async def test_deleted_rows_are_gone_and_deleting_again_harms_nothing(store: Store) -> None:

@@ -23,7 +23,7 @@ from psycopg.conninfo import make_conninfo
 from orderbus import Batch, Bus, Delivery, Event, Settings, new_id
 from orderbus._core.delivery import Item
 from orderbus._core.outbox import Floor
-from orderbus.abc import InboxEntry, OutboxRow, Stuck, Verdict
+from orderbus.abc import MOST_COUNTED, InboxEntry, OutboxRow, Stuck, Verdict
 from orderbus.adapters.postgres import PostgresStore, open_store
 from services import aggregator, inventory, payment
 from services.orders_api import idempotency, orders
@@ -106,6 +106,14 @@ async def test_a_page_of_the_outbox(large: Large, wire: Wire, store: PostgresSto
         assert len((await store.outbox.read(buckets, floor, MANY, PLENTY)).rows) == MANY
 
     await check_runs(large, wire, read, rows=MANY, read=MANY * 64 // len(buckets) + MANY)
+
+
+@pytest.mark.parametrize("floor", [0, FIRST_ID + MILLION // 2])
+async def test_a_backlog_is_counted_no_further_than_it_says(large: Large, wire: Wire, store: PostgresStore, floor: int) -> None:
+    async def count(run: int) -> None:
+        assert (await store.outbox.backlog(ALL, floor)).waiting == MOST_COUNTED
+
+    await check_runs(large, wire, count, rows=MOST_COUNTED)
 
 
 async def test_published_rows_are_deleted(large: Large, wire: Wire, store: PostgresStore) -> None:

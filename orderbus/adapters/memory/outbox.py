@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from orderbus._core.outbox import plan_lease
 from orderbus._core.topology import BUCKETS
-from orderbus.abc import OutboxPage, OutboxRow, Stuck
+from orderbus.abc import Backlog, OutboxPage, OutboxRow, Stuck
 from orderbus.adapters.memory.stuck import StuckRows
 from orderbus.errors import UnavailableError
 
@@ -40,6 +40,8 @@ class MemoryOutbox:
         self._last_id = 0
         self._last_xid = 0
         self._waiting: dict[int, dict[int, OutboxRow]] = {bucket: {} for bucket in range(BUCKETS)}
+        self._since: dict[int, float] = {}
+        """When each row came to wait, or to be stuck."""
         self._scheduled: list[tuple[int, int, OutboxRow]] = []
         self._stuck = StuckRows()
         self._leases: dict[int, tuple[str, float]] = {}
@@ -100,11 +102,19 @@ class MemoryOutbox:
             self._stuck.put_behind(row, anyio.current_time())
         return OutboxPage(rows, self._last_xid + 1, self._last_id)
 
+    async def backlog(self, buckets: Sequence[int], floor: int) -> Backlog:
+        """All that is here; `floor` saves a real database from reading what it has read."""
+        await checkpoint()
+        ids = [row_id for bucket in set(buckets) for row_id in self._waiting[bucket]]
+        oldest_s = anyio.current_time() - self._since[min(ids)] if ids else 0.0
+        return Backlog(len(ids), oldest_s, self._stuck.count(buckets))
+
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         """From the outbox or from among the stuck, wherever each is; of a key that was stuck, the next row may then be tried."""
         await checkpoint()
         now = anyio.current_time()
         for row in rows:
+            self._since.pop(row.id, None)
             gone = self._waiting[row.bucket].pop(row.id, None) or self._stuck.remove(row.id, now)
             if gone is not None:
                 self._size_bytes -= _size_bytes(gone)
@@ -156,6 +166,7 @@ class MemoryOutbox:
         self._last_id += 1
         row = msgspec.structs.replace(row, id=self._last_id, due_at_ms=None)
         self._waiting[row.bucket][row.id] = row
+        self._since[row.id] = anyio.current_time()
 
 
 def _id(row: OutboxRow) -> int:

@@ -25,6 +25,9 @@ class StuckRows:
     def __contains__(self, row_id: int) -> bool:
         return row_id in self._entries
 
+    def count(self, buckets: Collection[int]) -> int:
+        return sum(entry.row.bucket in buckets for entry in self._entries.values())
+
     def holds_back(self, key: str | None) -> bool:
         return key in self._ids_by_key
 

@@ -11,7 +11,7 @@ from psycopg import AsyncCursor
 
 from orderbus._core.outbox import plan_lease
 from orderbus._core.topology import BUCKETS
-from orderbus.abc import OutboxPage, OutboxRow, Stuck
+from orderbus.abc import MOST_COUNTED, Backlog, OutboxPage, OutboxRow, Stuck
 from orderbus.adapters.postgres.arrays import int2_array, int8, int8_array
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.pool import Pool
@@ -67,6 +67,16 @@ class PostgresOutbox:
                     break
         rows = [_row(row[2:]) for row in found if row[2] is not None and not row[-1]]
         return OutboxPage(rows=rows, xmin=found[0][0], last_id=found[0][1])
+
+    async def backlog(self, buckets: Sequence[int], floor: int) -> Backlog:
+        async with self._connection() as connection:
+            cursor = await _cursor(connection).execute(
+                _BACKLOG,
+                (int2_array(buckets), floor, MOST_COUNTED, int2_array(buckets), floor, int2_array(buckets), MOST_COUNTED),
+                prepare=True,
+            )
+            [(waiting, oldest_s, stuck)] = await cursor.fetchall()
+        return Backlog(waiting, max(oldest_s or 0.0, 0.0), stuck)
 
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         """From the outbox or the stuck table, wherever each is; of a key that was stuck, the next row may then be tried."""
@@ -133,6 +143,13 @@ select {_ROW}, 'behind', 0, now(), now(), case when head.is_there then null else
 from gone, lateral (
     select exists (select from orderbus.stuck where stuck.key = gone.key and stuck.id < gone.id) as is_there
 ) head"""  # noqa: S608 - of constants alone
+
+_BACKLOG = """\
+select
+    (select count(*) from (select from orderbus.outbox where bucket = any (%b) and id > %b order by id limit %b) waiting),
+    (select extract(epoch from clock_timestamp() - created_at)::float8 from orderbus.outbox where bucket = any (%b) and id > %b
+     order by id limit 1),
+    (select count(*) from (select from orderbus.stuck where bucket = any (%b) order by id limit %b) stuck)"""
 
 _DELETE = """\
 with published as (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
+from orderbus._runtime.metrics import meters
 from orderbus.adapters.postgres.arrays import register
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.trip import Connection
@@ -30,6 +32,7 @@ class Pool:
 
     def __init__(self, conninfo: str, *, size: int, acquire_s: float, connect_s: float) -> None:
         self.where = where_of(conninfo)
+        self._name = str(conninfo_to_dict(conninfo).get("application_name") or "")
         self._conninfo = conninfo
         self._size = size
         self._acquire_s = acquire_s
@@ -40,6 +43,7 @@ class Pool:
 
     async def acquire(self) -> Connection:
         """An idle connection. Raises UnavailableError when the server can't be reached, or all places stay taken."""
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(self._acquire_s):
                 await self._places.acquire()
@@ -48,6 +52,8 @@ class Pool:
                 f"{self.where}: all {self._size} connections stayed in use for {self._acquire_s:g} s; raise pool_size, "
                 "or shorten what handlers do inside their transactions"
             ) from error
+        if (metrics := meters()).records:
+            metrics.connection_wait.record(time.perf_counter() - began, {"db.client.connection.pool.name": self._name})
         try:
             if self._is_closed:
                 raise UnavailableError(f"{self.where}: the store is closed")

@@ -11,7 +11,7 @@ import anyio
 
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.topology import Topology
-from orderbus.abc import ClaimAnswer, Deferred, InboxEntry, OutboxPage, OutboxRow, Stuck, Verdict
+from orderbus.abc import Backlog, ClaimAnswer, Deferred, InboxEntry, OutboxPage, OutboxRow, Stuck, Verdict
 from orderbus.adapters.memory.outbox import MemoryOutbox
 from orderbus.adapters.memory.subscription import MemorySubscription
 from orderbus.errors import TransientError, UnavailableError
@@ -309,6 +309,9 @@ class FaultyOutbox:
         self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
     ) -> OutboxPage:
         return await call(self._victim, "read", lambda: self._outbox.read(buckets, floor, limit, limit_bytes, up_to=up_to))
+
+    async def backlog(self, buckets: Sequence[int], floor: int) -> Backlog:
+        return await call(self._victim, "backlog", lambda: self._outbox.backlog(buckets, floor))
 
     async def delete(self, rows: Sequence[OutboxRow]) -> int:
         return await call(self._victim, "delete", lambda: self._outbox.delete(rows))

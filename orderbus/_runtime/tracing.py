@@ -1,0 +1,315 @@
+"""Spans, by the conventions of OpenTelemetry for messaging and databases; and the trace context that goes with each event.
+
+Where no SDK is installed nothing is recorded, and the context of a handled message still goes on to what its handler emits. Where one
+is, a delivery whose trace is not sampled makes no span: one costs 10 to 20 µs, as much as all else that is done for a message.
+docs/telemetry.md lists the spans and their attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+from opentelemetry.context import Context, attach
+from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+
+from orderbus._core.message import Outgoing, Receipt
+from orderbus._core.trace_context import TRACEPARENT, TRACESTATE, TraceHeaders, is_sampled, trace_headers
+
+if TYPE_CHECKING:
+    from orderbus._core.work import Work
+    from orderbus.abc import OutboxRow
+
+__all__ = ["Tracing", "current_span", "current_trace", "inside", "outside", "spans_of"]
+
+Attributes = Mapping[str, str | int | float | bool]
+
+
+def current_trace() -> TraceHeaders | None:
+    """The context of the span that the caller is in, for the headers of what it sends."""
+    context = trace.get_current_span().get_span_context()
+    return headers_of(context) if context.is_valid else None
+
+
+def current_span() -> Span | None:
+    """The span that the caller is in, if it is recorded."""
+    span = trace.get_current_span()
+    return span if span.is_recording() else None
+
+
+def outside() -> None:
+    """Leave whatever span the caller is in, for the rest of its task: what runs on for long belongs to no request."""
+    attach(Context())
+
+
+def headers_of(context: SpanContext) -> TraceHeaders:
+    parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    state = context.trace_state.to_header() if context.trace_state else ""
+    return {TRACEPARENT: parent, TRACESTATE: state} if state else {TRACEPARENT: parent}
+
+
+def _remote(headers: TraceHeaders) -> Context:
+    _, trace_id, span_id, flags = headers[TRACEPARENT].split("-")[:4]
+    state = headers.get(TRACESTATE)
+    context = SpanContext(
+        int(trace_id, 16),
+        int(span_id, 16),
+        is_remote=True,
+        trace_flags=TraceFlags(int(flags, 16)),
+        trace_state=TraceState.from_header([state]) if state else None,
+    )
+    return trace.set_span_in_context(NonRecordingSpan(context), Context())
+
+
+class Tracing:
+    """Makes the spans of one bus. Whether an SDK is there is asked once, when the bus is opened."""
+
+    def __init__(self, group: str, *, system: str, database: str) -> None:
+        """`system` and `database`: what the conventions call the broker and the store."""
+        provider = trace.get_tracer_provider()
+        self.records = not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider))
+        """Whether an SDK is installed."""
+        self._tracer = provider.get_tracer("orderbus", version("orderbus"))
+        self._group = group
+        self._system = system
+        self._database = database
+
+    # Consuming
+
+    def begin(self, works: Sequence[Work]) -> None:
+        """Give each delivery that is traced its `process` span. To be followed by `end`."""
+        for work in works:
+            work.span = None
+            if work.trace is None:
+                headers = work.incoming.properties.headers
+                work.trace = trace_headers(headers) if headers else None
+            if not self.records or (work.trace is not None and not is_sampled(work.trace)):
+                continue
+            span = self._tracer.start_span(
+                f"process {work.route.topic}",
+                _remote(work.trace) if work.trace is not None else Context(),
+                SpanKind.CONSUMER,
+                self._process_attributes(work, len(works)),
+            )
+            if span.is_recording():
+                work.span = span
+
+    def end(self, works: Sequence[Work], error: BaseException | None = None) -> None:
+        """End their spans; with an error where the whole unit was given up. They stay, as parents of what follows."""
+        for work in works:
+            if work.span is not None and work.span.is_recording():
+                span: Span = work.span
+                failure = error or (None if work.outcome in ("handled", "duplicate") else work.error)
+                if failure is not None:
+                    _fail(span, failure)
+                if work.outcome:
+                    span.set_attribute("orderbus.outcome", work.outcome)
+                span.end()
+
+    def _process_attributes(self, work: Work, together: int) -> Attributes:
+        attributes: dict[str, str | int | float | bool] = {
+            "messaging.system": self._system,
+            "messaging.operation.name": "process",
+            "messaging.operation.type": "process",
+            "messaging.destination.name": work.route.topic,
+            "messaging.destination.subscription.name": work.incoming.queue,
+            "messaging.consumer.group.name": self._group,
+            "messaging.message.id": str(work.id),
+            "messaging.message.body.size": len(work.incoming.body),
+            "orderbus.consumer": work.route.handler.consumer,
+            "orderbus.attempt": work.attempt,
+        }
+        if work.key is not None:
+            attributes["orderbus.key"] = work.key
+        if together > 1:
+            attributes["messaging.batch.message_count"] = together
+        return attributes
+
+    def cause(self, work: Work) -> TraceHeaders | None:
+        """What the events carry that are emitted because of a delivery."""
+        return work.trace if work.span is None else headers_of(work.span.get_span_context())
+
+    def ids(self, work: Work) -> dict[str, str]:
+        """Trace and span of a delivery, for the log."""
+        cause = self.cause(work)
+        if cause is None:
+            return {}
+        _, trace_id, span_id, _ = cause[TRACEPARENT].split("-")[:4]
+        return {"trace.id": trace_id, "span.id": span_id}
+
+    @contextmanager
+    def handling_batch(self, works: Sequence[Work]) -> Iterator[None]:
+        """Around an `on_batch` handler: a span in the trace of the first delivery that is traced, with links to all."""
+        spans = spans_of(works)
+        if not spans:
+            yield
+            return
+        handler = works[0].route.handler
+        span = self._tracer.start_span(
+            f"process batch {handler.queue}",
+            trace.set_span_in_context(spans[0]),
+            SpanKind.INTERNAL,
+            {
+                "messaging.system": self._system,
+                "messaging.batch.message_count": len(works),
+                "orderbus.consumer": handler.consumer,
+            },
+            [Link(one.get_span_context()) for one in spans],
+        )
+        with _ended(span), inside(span):
+            yield
+
+    def settled(self, work: Work, how: str) -> None:
+        """The broker is told what became of a delivery."""
+        if work.span is not None:
+            self._tracer.start_span(
+                f"settle {work.incoming.queue}",
+                trace.set_span_in_context(work.span),
+                SpanKind.CLIENT,
+                {
+                    "messaging.system": self._system,
+                    "messaging.operation.name": how,
+                    "messaging.operation.type": "settle",
+                    "messaging.destination.name": work.incoming.queue,
+                    "messaging.message.id": str(work.id),
+                },
+            ).end()
+
+    @contextmanager
+    def periodic(self, place: str) -> Iterator[None]:
+        """Around one round of what `@bus.every` registered: a trace of its own."""
+        if not self.records:
+            yield
+            return
+        span = self._tracer.start_span(f"every {place}", Context(), SpanKind.INTERNAL)
+        with _ended(span), inside(span):
+            yield
+
+    # The database
+
+    @contextmanager
+    def database(self, operation: str, spans: Sequence[Span] = (), query: str | None = None) -> Iterator[None]:
+        """Around a conversation with the store: in the first of the spans that it is for, linked with the others; or in the current."""
+        if self.records and not spans and (current := trace.get_current_span()).is_recording():
+            spans = [current]
+        if not spans:
+            yield
+            return
+        attributes = {"db.system.name": self._database, "db.operation.name": operation}
+        if query is not None:
+            attributes["db.query.text"] = query
+        span = self._tracer.start_span(
+            operation,
+            trace.set_span_in_context(spans[0]),
+            SpanKind.CLIENT,
+            attributes,
+            [Link(one.get_span_context()) for one in spans[1:]],
+        )
+        with _ended(span):
+            yield
+
+    # Sending
+
+    def sending(self, rows: Sequence[OutboxRow], messages: list[Outgoing]) -> list[tuple[int, Span]]:
+        """Begin a `send` span for each traced message, which then carries that span's context; to be given to `sent`."""
+        begun: list[tuple[int, Span]] = []
+        if not self.records:
+            return begun
+        for n, row in enumerate(rows):
+            if not row.headers or (parent := trace_headers(row.headers)) is None or not is_sampled(parent):
+                continue
+            message = messages[n]
+            attributes: dict[str, str | int | float | bool] = {
+                "messaging.system": self._system,
+                "messaging.operation.name": "send",
+                "messaging.operation.type": "send",
+                "messaging.destination.name": row.topic,
+                "messaging.rabbitmq.destination.routing_key": message.routing_key,
+                "messaging.message.id": message.message_id,
+                "messaging.message.body.size": len(message.body),
+            }
+            if len(rows) > 1:
+                attributes["messaging.batch.message_count"] = len(rows)
+            span = self._tracer.start_span(f"send {row.topic}", _remote(parent), SpanKind.PRODUCER, attributes)
+            if span.is_recording():
+                messages[n] = _carrying(message, span)
+                begun.append((n, span))
+        return begun
+
+    def sent(self, begun: Sequence[tuple[int, Span]], receipts: Sequence[Receipt] | None) -> None:
+        """End the spans of `sending`; None where nothing was sent."""
+        for n, span in begun:
+            receipt = Receipt.UNKNOWN if receipts is None else receipts[n]
+            if receipt is not Receipt.CONFIRMED:
+                span.set_status(Status(StatusCode.ERROR))
+                span.set_attribute("error.type", receipt.value)
+            span.end()
+
+    @contextmanager
+    def leaving(self, moved: Sequence[tuple[Work, Outgoing]]) -> Iterator[None]:
+        """Around the publishing of retries and dead letters. They keep the context that they came with: the next try is a sibling."""
+        begun = [
+            self._tracer.start_span(
+                f"send {outgoing.exchange or outgoing.routing_key}",
+                trace.set_span_in_context(work.span),
+                SpanKind.PRODUCER,
+                {
+                    "messaging.system": self._system,
+                    "messaging.operation.name": "send",
+                    "messaging.operation.type": "send",
+                    "messaging.destination.name": outgoing.exchange or outgoing.routing_key,
+                    "messaging.message.id": outgoing.message_id,
+                    "orderbus.attempt": work.attempt,
+                },
+            )
+            for work, outgoing in moved
+            if work.span is not None
+        ]
+        try:
+            yield
+        finally:
+            for span in begun:
+                span.end()
+
+
+def _carrying(message: Outgoing, span: Span) -> Outgoing:
+    headers = {**message.headers, **headers_of(span.get_span_context())}
+    return Outgoing(
+        exchange=message.exchange,
+        routing_key=message.routing_key,
+        body=message.body,
+        message_id=message.message_id,
+        type=message.type,
+        content_type=message.content_type,
+        timestamp_s=message.timestamp_s,
+        headers=headers,
+    )
+
+
+def inside(span: Span) -> AbstractContextManager[Span]:
+    """Makes a span the current one. What is raised is told where it is decided what follows."""
+    return trace.use_span(span, record_exception=False, set_status_on_exception=False)
+
+
+def spans_of(works: Sequence[Work]) -> list[Span]:
+    return [work.span for work in works if work.span is not None]
+
+
+def _fail(span: Span, error: BaseException) -> None:
+    """The class only: what an exception says may quote the message."""
+    span.set_status(Status(StatusCode.ERROR))
+    span.set_attribute("error.type", type(error).__name__)
+
+
+@contextmanager
+def _ended(span: Span) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        _fail(span, error)
+        raise
+    finally:
+        span.end()

@@ -1,0 +1,92 @@
+"""A collector of OpenTelemetry's own protocol, OTLP over HTTP, that keeps what it is sent."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+
+class Span:
+    """A span as it arrived, with the name of the service that sent it."""
+
+    def __init__(self, service: str, span: Any) -> None:
+        self.service = service
+        self.name: str = span.name
+        self.trace_id = span.trace_id.hex()
+        self.span_id = span.span_id.hex()
+        self.parent_id = span.parent_span_id.hex()
+        self.attributes = {one.key: _value(one.value) for one in span.attributes}
+        self.links = [(link.trace_id.hex(), link.span_id.hex()) for link in span.links]
+        self.began_ns: int = span.start_time_unix_nano
+
+    def __repr__(self) -> str:
+        return f"{self.service}: {self.name}"
+
+
+class Collector:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.spans: list[Span] = []
+        self.metrics: dict[tuple[str, str], Any] = {}
+        """The latest of each, by service and name."""
+        self.changed = threading.Condition()
+
+    def take(self, path: str, body: bytes) -> None:
+        with self.changed:
+            if path == "/v1/traces":
+                traces = ExportTraceServiceRequest.FromString(body)
+                for resource in traces.resource_spans:
+                    service = _service(resource.resource)
+                    self.spans += [Span(service, span) for scope in resource.scope_spans for span in scope.spans]
+            elif path == "/v1/metrics":
+                found = ExportMetricsServiceRequest.FromString(body)
+                for resource in found.resource_metrics:
+                    service = _service(resource.resource)
+                    for scope in resource.scope_metrics:
+                        self.metrics.update({(service, metric.name): metric for metric in scope.metrics})
+            self.changed.notify_all()
+
+    def trace(self, trace_id: str) -> list[Span]:
+        return sorted((span for span in self.spans if span.trace_id == trace_id), key=lambda span: span.began_ns)
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    """A collector at a free port of the loopback."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            collector.take(self.path, gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            self.send_response(200)
+            self.send_header("content-type", "application/x-protobuf")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        collector = Collector(server.server_address[1])
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield collector
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _service(resource: Any) -> str:
+    return next((one.value.string_value for one in resource.attributes if one.key == "service.name"), "")
+
+
+def _value(value: Any) -> Any:
+    return getattr(value, value.WhichOneof("value"))

@@ -1,0 +1,194 @@
+"""What is measured, under which names; docs/telemetry.md lists the same."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from typing import Any
+from uuid import UUID
+
+import pytest
+from opentelemetry import metrics as api
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from orderbus import Delivery, Event, Park, Retry, Tx
+from orderbus._core.ids import uuid7
+from tests.faults.world import ROOT
+from tests.runtime.world import Log, Noted, Paid, Placed, World, until
+
+pytestmark = pytest.mark.anyio
+
+
+class Measured:
+    """The metrics of a process, as its exporter would see them."""
+
+    def __init__(self, reader: InMemoryMetricReader) -> None:
+        self._reader = reader
+
+    def all(self) -> dict[str, Any]:
+        data = self._reader.get_metrics_data()
+        if data is None:
+            return {}
+        return {metric.name: metric for one in data.resource_metrics for scope in one.scope_metrics for metric in scope.metrics}
+
+    def __call__(self, name: str, **attributes: Any) -> list[Any]:
+        """The points of a metric whose attributes have these values, dots written as two underscores."""
+        wanted = {key.replace("__", "."): value for key, value in attributes.items()}
+        metric = self.all().get(name)
+        points = [] if metric is None else metric.data.data_points
+        return [point for point in points if wanted.items() <= dict(point.attributes).items()]
+
+    def value(self, name: str, **attributes: Any) -> float:
+        (point,) = self(name, **attributes)
+        return float(point.value)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    monkeypatch.setattr(api, "get_meter_provider", lambda: provider)
+    return Measured(reader)
+
+
+async def run(world: World, measured: Measured) -> dict[str, Any]:
+    """A bus that does a little of everything; the metrics of its life."""
+    bus, log = world.bus("shop"), Log()
+
+    @bus.on(Placed, retry=Retry.exponential(first=0.1, attempts=2))
+    async def pay(event: Placed, delivery: Delivery, tx: Tx) -> Event | None:
+        log(event)
+        if event.n == 1 and delivery.attempt == 1:
+            raise TimeoutError
+        if event.n == 2:
+            raise Park("fraud")
+        return Paid(order=event.order)
+
+    @bus.on(Paid)
+    async def ship(event: Paid) -> None:
+        log(event)
+
+    async with bus:
+        first = await world.send(Placed(order="a"))
+        await world.send(Placed(order="a"), event_id=first)
+        await world.send(Placed(order="b", n=1))
+        await world.send(Placed(order="c", n=2))
+        await bus.publish(Paid(order="d"))
+        await log.reached(7)
+        await until(lambda: bus.stats.handled == 5 and bus.stats.duplicates == 1 and world.parked())
+        found = measured.all()
+    return {**found, **measured.all()}
+
+
+def old() -> UUID:
+    """Of an event that was emitted a minute ago."""
+    return uuid7(time.time_ns() // 1_000_000 - 60_000, random.getrandbits(80))
+
+
+async def test_counts_are_those_of_the_bus(world: World, measured: Measured) -> None:
+    await run(world, measured)
+
+    def handled(outcome: str) -> float:
+        return measured.value("orderbus.handled", orderbus__consumer="shop.orders.placed", orderbus__outcome=outcome)
+
+    assert [handled(outcome) for outcome in ("handled", "duplicate", "failed", "retried", "waited")] == [2, 1, 2, 1, 0]
+    assert measured.value("orderbus.parked", orderbus__reason="fraud") == 1
+    assert measured.value("messaging.client.sent.messages", orderbus__outcome="relayed") == 2
+    assert measured.value("messaging.client.sent.messages", orderbus__outcome="published") == 1
+    assert measured.value("orderbus.emitted") == 2
+    queue = {"messaging__destination__subscription__name": "shop.orders.placed"}
+    assert measured.value("messaging.client.consumed.messages", **queue) == 4
+    assert measured("orderbus.deliveries.in_hand", **queue) == measured("orderbus.relay.buckets") == []  # of open buses only
+    (drain,) = measured("orderbus.drain.duration", orderbus__clean=True)
+    assert drain.count == 1
+
+
+async def test_durations_and_lags_are_recorded_once_a_unit(world: World, measured: Measured) -> None:
+    bus, log = world.bus("shop"), Log()
+
+    @bus.on(Placed, fuse=10)
+    async def pay(event: Placed) -> None:
+        log(event)
+
+    async with bus:
+        await world.broker.publish([world.message(Placed(order=str(n)), old()) for n in range(10)])
+        await log.reached(10)
+        await until(lambda: bus.stats.handled == 10)
+
+        queue = {"messaging__destination__subscription__name": "shop.orders.placed"}
+        assert measured.value("orderbus.deliveries.in_hand", **queue) == 0
+        assert measured.value("orderbus.deliveries.limit", **queue) == 200
+
+    (duration,) = measured("messaging.process.duration", orderbus__consumer="shop.orders.placed")
+    (lag,) = measured("orderbus.lag")
+    assert duration.count == lag.count < 10
+    assert lag.max > 59  # the clock of a virtual loop begins a moment before
+
+
+async def test_what_waits_in_the_outbox_is_seen(world: World, measured: Measured) -> None:
+    bus = world.bus("shop")
+    async with bus:
+        world.broker.block()
+        async with bus.transaction() as tx:
+            for n in range(3):
+                tx.emit(Placed(order=str(n)))
+        await until(lambda: bus.stats.outbox is not None and bus.stats.outbox.oldest_s > 30)
+        assert measured.value("orderbus.outbox.waiting") == 3
+        assert measured.value("orderbus.outbox.age") > 30
+        assert measured.value("orderbus.outbox.stuck") == 0
+        assert measured.value("orderbus.relay.buckets") == 64
+        world.broker.unblock()
+        await until(lambda: bus.stats.outbox is not None and bus.stats.outbox.waiting == 0 and bus.stats.outbox.stuck == 3)
+        assert measured.value("orderbus.outbox.age") == 0
+
+
+async def test_reasons_that_a_handler_makes_up_are_bounded(world: World, measured: Measured) -> None:
+    bus = world.bus("shop")
+
+    @bus.on(Placed)
+    async def pay(event: Placed) -> None:
+        raise Park(f"reason {event.n}")
+
+    async with bus:
+        for n in range(60):
+            await world.send(Placed(order=str(n), n=n))
+        await until(lambda: bus.stats.parked == 60)
+        points = measured("orderbus.parked")
+
+    assert len(points) == 51
+    assert measured.value("orderbus.parked", orderbus__reason="other") == 10
+
+
+async def test_two_buses_of_a_process_are_told_apart_and_what_a_closed_one_has_counted_stays(
+    world: World, measured: Measured
+) -> None:
+    async with world.bus("one"), world.bus("two"):
+        assert {dict(point.attributes)["orderbus.group"] for point in measured("orderbus.emitted")} == {"one", "two"}
+    for _ in range(2):
+        async with world.bus("three") as bus, bus.transaction() as tx:
+            tx.emit(Noted())
+    assert measured.value("orderbus.emitted", orderbus__group="three") == 2
+    async with world.bus("three"):
+        assert measured.value("orderbus.emitted", orderbus__group="three") == 2
+        assert {dict(point.attributes)["orderbus.group"] for point in measured("orderbus.relay.buckets")} == {"three"}
+
+
+async def test_the_page_lists_every_metric_with_its_unit_and_attributes(world: World, measured: Measured) -> None:
+    found = await run(world, measured)
+    seen = {
+        metric.name: (metric.unit, {name for point in metric.data.data_points for name in point.attributes})
+        for metric in found.values()
+    }
+    listed = {}
+    for line in (ROOT / "docs" / "telemetry.md").read_text().splitlines():
+        if (row := re.fullmatch(r"\| `((?:messaging|orderbus|db)\.[\w.]+)` \| \w+ \| (\S+) \| (.*?) \| .* \|", line)) is not None:
+            listed[row[1]] = (row[2], set(re.findall(r"`([\w.]+)`", row[3])))
+
+    of_postgres = {"db.client.connection.wait_time"}
+    of_services = {name for name in listed if name.startswith("orders.")}
+    assert listed.keys() - of_postgres - of_services == seen.keys()
+    for name, (unit, attributes) in seen.items():
+        assert unit == listed[name][0]
+        assert attributes <= listed[name][1]
