@@ -88,7 +88,7 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
     The lock makes the later of two answers see the earlier one, and lets an order finish once.
     """
     orders = {row[0]: row for row in await tx.fetch_all(_LOCK, [Column({event.order_id for event in batch.events})])}
-    decided = _decided.get()
+    decided = _decided.get([])
     said: dict[UUID, Said] = {}
     for item in batch:
         order = orders.get(item.event.order_id)

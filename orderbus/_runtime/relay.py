@@ -32,6 +32,10 @@ SHORTEST_PACE_S, LONGEST_PACE_S = 0.005, 0.05
 """A busy relay whose page was not full waits `PACE` times as long as it took before it reads the next, within these bounds:
 fewer, fuller round trips the more loaded the machine is."""
 READ_BYTES = 8 * 1024 * 1024
+PUBLISHING_SHARE = 0.75
+"""A lease can't fence a publish: the rest of it is for what is on its way when a relay is stopped and goes on later."""
+RENEWALS_IN_A_LEASE, MOST_LONGER = 4, 10
+"""A lease has time for so many renewals, but for that it is made no more than ten times as long as it was set."""
 
 
 class Relay:
@@ -57,6 +61,7 @@ class Relay:
         self._rng = rng
         self._buckets: frozenset[int] = frozenset()
         self._renew_at = 0.0
+        self._renewing_s = 0.0
         self._publish_until = 0.0
         self._due_at = 0.0
         self._floor = Floor()
@@ -213,10 +218,22 @@ class Relay:
         self._floor.deleted(mark, await self._outbox.delete(rows))
 
     async def _renew(self, now: float) -> None:
-        """Counted from before the call: the database's lease ends no earlier than ours."""
-        held = await self._outbox.lease(self._owner, self._lease_s, None)
-        self._renew_at = now + self._lease_s / 3
-        self._publish_until = now + self._lease_s * 0.75
+        """Counted from before the call: the database's lease ends no earlier than ours.
+
+        A database that takes long to answer would give a lease whose time to publish is over when it arrives, and the next one again.
+        So the lease is longer for as long as renewing it takes longer than a quarter of it.
+        """
+        lease_s = min(max(self._lease_s, RENEWALS_IN_A_LEASE * self._renewing_s), MOST_LONGER * self._lease_s)
+        held = await self._outbox.lease(self._owner, lease_s, None)
+        self._renewing_s = anyio.current_time() - now
+        if self._renewing_s >= PUBLISHING_SHARE * lease_s:
+            log.warning(
+                "the lease of %g s took %.1f s to renew, so nothing could be published under it; the next one is longer",
+                lease_s,
+                self._renewing_s,
+            )
+        self._renew_at = now + lease_s / 3
+        self._publish_until = now + lease_s * PUBLISHING_SHARE
         if held - self._buckets:
             self._floor = Floor()
         if held != self._buckets:

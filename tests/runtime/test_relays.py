@@ -94,6 +94,32 @@ async def test_a_relay_whose_lease_is_nearly_over_publishes_nothing_before_it_is
     assert log.lines == ["slow read", "lease", "publish"]
 
 
+async def test_a_relay_whose_database_takes_longer_to_answer_than_a_lease_lasts_publishes_all_the_same(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await listen(world)
+    asked: list[float] = []
+    lease = world.store.outbox.lease
+
+    async def slow(owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
+        asked.append(lease_s)
+        held = await lease(owner, lease_s, keep)
+        await anyio.sleep(1.6 if len(asked) < 20 else 0.01)
+        return held
+
+    world.store.outbox.lease = slow
+    await emit(world, *(Placed(order=f"key{k}") for k in range(40)))
+    async with relay(world, "one", relay_lease_s=1):
+        await until(lambda: len(heard(world)) == 40)
+        assert asked[:2] == pytest.approx([1, 6.4], abs=0.1)
+        await until(lambda: len(asked) == 22)
+
+    assert asked[-1] == 1
+    assert [record.getMessage() for record in caplog.records if "took" in record.getMessage()] == [
+        "the lease of 1 s took 1.6 s to renew, so nothing could be published under it; the next one is longer"
+    ]
+
+
 async def test_a_relay_waits_for_a_database_with_back_off_and_goes_on_where_it_was(world: World) -> None:
     await listen(world)
     faults = StoreFaults(world.store)

@@ -29,8 +29,10 @@ class PostgresOutbox:
 
     async def lease(self, owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
         """With `keep=None` the fair share; with a list, at most those, and none new. `keep=[]` also signs this relay off."""
-        async with self._connection() as connection, connection.transaction():
+        # In two trips; `connection.transaction()` would take one more for each end. Where it breaks off, the pool rolls back.
+        async with self._connection() as connection:
             async with connection.pipeline():
+                await connection.execute("begin")
                 await connection.execute(_LOCK_LEASES)
                 if keep is not None and not keep:
                     await connection.execute("delete from orderbus.relay where owner = %s", (owner,))
@@ -45,6 +47,7 @@ class PostgresOutbox:
             async with connection.pipeline():
                 await connection.execute(_GIVE_BACK, (owner, sorted(plan)))
                 await connection.execute(_TAKE, (owner, lease_s, sorted(plan)))
+                await connection.execute("commit")
         return plan
 
     async def read(
