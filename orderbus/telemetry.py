@@ -27,6 +27,7 @@ ENDPOINTS = (
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
     "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
 )
+METRICS_EXPORTER = "OTEL_METRICS_EXPORTER"
 PROTOCOL = "http/protobuf"
 GOODBYE_MS = 3_000
 QUIET_S = 60.0
@@ -36,12 +37,14 @@ QUIET_S = 60.0
 def exported(service: str) -> Iterator[None]:
     """Export by OTLP over HTTP while the block runs; the rest goes out when it is left, for 3 s at most.
 
-    Where none of OTEL_EXPORTER_OTLP_ENDPOINT, …_TRACES_ENDPOINT and …_METRICS_ENDPOINT is set, or OTEL_SDK_DISABLED is true, it does
-    nothing. `service` is the service's name unless OTEL_SERVICE_NAME gives one; samplers, headers, intervals and limits are read from the
-    variables of https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/. A collector that is away keeps
+    With OTEL_METRICS_EXPORTER=prometheus the metrics are served instead, at http://localhost:9464/metrics unless
+    OTEL_EXPORTER_PROMETHEUS_HOST and …_PORT say otherwise. Where neither that nor one of OTEL_EXPORTER_OTLP_ENDPOINT, …_TRACES_ENDPOINT
+    and …_METRICS_ENDPOINT is set, or where OTEL_SDK_DISABLED is true, it does nothing. `service` is the service's name unless
+    OTEL_SERVICE_NAME gives one; samplers, headers, intervals and limits are read from the variables of
+    https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/. A collector that is away keeps
     nobody waiting: what finds no room in the buffers (2048 spans unless OTEL_BSP_MAX_QUEUE_SIZE says otherwise) is dropped, and the log
     says so once a minute. To be entered once in a process, before a bus is opened. Raises UsageError where the SDK is not
-    installed, and for an endpoint or protocol that can't be right.
+    installed, for an endpoint or protocol that can't be right, and for a port that is taken.
     """
     if not _is_wanted(os.environ):
         yield
@@ -56,7 +59,7 @@ def exported(service: str) -> Iterator[None]:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        wanted = next(name for name in ENDPOINTS if os.environ.get(name))
+        wanted = next(name for name in (*ENDPOINTS, METRICS_EXPORTER) if os.environ.get(name))
         raise UsageError(f"{wanted} is set, but the SDK is not installed ({error.name}): pip install 'orderbus[otel]'") from error
     resource = Resource.create({} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service})
     with _quiet_exporters():
@@ -65,14 +68,44 @@ def exported(service: str) -> Iterator[None]:
             tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
             tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
             trace.set_tracer_provider(tracers)
-        if _has(os.environ, "METRICS"):
+        reader: Any = None
+        served = contextlib.ExitStack()
+        if _is_served(os.environ):
+            reader = served.enter_context(_prometheus(os.environ))
+        elif _has(os.environ, "METRICS"):
             reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+        if reader is not None:
             meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
             metrics.set_meter_provider(meters)
         try:
-            yield
+            with served:
+                yield
         finally:
             _say_goodbye(tracers, meters)
+
+
+@contextlib.contextmanager
+def _prometheus(environment: Mapping[str, str]) -> Iterator[Any]:
+    """A reader whose metrics are served to whoever scrapes."""
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from prometheus_client import start_http_server
+
+    host = environment.get("OTEL_EXPORTER_PROMETHEUS_HOST", "").strip() or "localhost"
+    port = environment.get("OTEL_EXPORTER_PROMETHEUS_PORT", "").strip() or "9464"
+    reader = PrometheusMetricReader()
+    try:
+        server, thread = start_http_server(int(port), host)
+    except (OSError, OverflowError, ValueError) as error:
+        raise UsageError(
+            f"the metrics can't be served at {host}:{port}: {error}; set OTEL_EXPORTER_PROMETHEUS_HOST and OTEL_EXPORTER_PROMETHEUS_PORT"
+        ) from error
+    log.info("metrics are served at http://%s:%s/metrics", host, port)
+    try:
+        yield reader
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _say_goodbye(tracers: Any, meters: Any) -> None:
@@ -85,7 +118,11 @@ def _say_goodbye(tracers: Any, meters: Any) -> None:
 
 def _is_wanted(environment: Mapping[str, str]) -> bool:
     disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    return not disabled and any(environment.get(name, "").strip() for name in ENDPOINTS)
+    return not disabled and (_is_served(environment) or any(environment.get(name, "").strip() for name in ENDPOINTS))
+
+
+def _is_served(environment: Mapping[str, str]) -> bool:
+    return environment.get(METRICS_EXPORTER, "").strip().lower() == "prometheus"
 
 
 def _has(environment: Mapping[str, str], signal: str) -> bool:
@@ -114,8 +151,9 @@ def _check(environment: Mapping[str, str]) -> None:
             mistakes.append(f"{name}={value[:40]}: only {PROTOCOL} is spoken here; collectors take it at port 4318")
     for signal in ("TRACES", "METRICS"):
         value = environment.get(f"OTEL_{signal}_EXPORTER", "").strip().lower()
-        if value not in ("", "otlp", "none"):
-            mistakes.append(f"OTEL_{signal}_EXPORTER={value[:40]}: must be otlp or none")
+        if value not in ("", "otlp", "none") and not (signal == "METRICS" and value == "prometheus"):
+            known = "otlp, prometheus or none" if signal == "METRICS" else "otlp or none"
+            mistakes.append(f"OTEL_{signal}_EXPORTER={value[:40]}: must be {known}")
     if mistakes:
         raise UsageError("\n".join(mistakes))
 

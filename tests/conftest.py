@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.servers import Missing, Rabbit, find, start_postgres, start_rabbit, start_redis
+from tests.servers import Missing, Rabbit, find, program, start_postgres, start_rabbit, start_redis
 
 T = TypeVar("T")
 
@@ -78,6 +78,13 @@ def database_url(postgres_url: str) -> Iterator[str]:
         connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
         yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def prometheus_program() -> str:
+    """Prometheus, with promtool beside it."""
+    _or_skip(lambda: program("promtool", "prometheus"))
+    return _or_skip(lambda: program("prometheus", "prometheus"))
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,8 @@ def start_redis(stack: ExitStack) -> str:
     return f"redis://127.0.0.1:{port}/"
 
 
-def start_rabbit(stack: ExitStack) -> Rabbit:
-    """A RabbitMQ node of one's own, with its data in a temporary folder."""
+def start_rabbit(stack: ExitStack, *, plugins: str = "", settings: str = "") -> Rabbit:
+    """A RabbitMQ node of one's own, with its data in a temporary folder. `settings` are lines of its rabbitmq.conf."""
     server = rabbitmq_server()
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="orderbus-rabbit-", ignore_cleanup_errors=True))
     port, distribution = free_port(), free_port()
@@ -131,6 +131,8 @@ def start_rabbit(stack: ExitStack) -> Rabbit:
         "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq",
         "HOME": folder,
     }
+    Path(folder, "plugins").write_text(f"[{plugins}].\n")
+    Path(folder, "rabbitmq.conf").write_text(settings)
     url = f"amqp://guest:guest@127.0.0.1:{port}/"
     _run(stack, [server], environment, url, folder)
     rabbit = Rabbit(url, node, folder)
@@ -186,6 +188,6 @@ def program(name: str, package: str) -> str:
         if attempt or os.geteuid() != 0 or not shutil.which("apt-get"):
             break
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", package]):
+        for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "--no-install-recommends", package]):
             subprocess.run(command, env=quiet, capture_output=True, timeout=600, check=False)
     raise Missing(f"{name} is not installed; install it (Debian: apt-get install {package}), or start one and set its address")

@@ -1,0 +1,170 @@
+"""The alerts of compose/prometheus: their own cases, the names that they rest on, their paragraphs, and one that fires and resolves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from services.demo.processes import Child, wait_until_said
+from tests.faults.world import ROOT
+from tests.servers import free_port, start_rabbit
+
+FOLDER = ROOT / "compose" / "prometheus"
+LIMIT_S = 60.0
+RULES = [rule for group in yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
+NAME = r"(?:messaging|orderbus|orders|http_server|db_client|rabbitmq)_[a-z_]+"
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml")],
+    ids=["rules", "cases", "configuration"],
+)
+def test_promtool_agrees(prometheus_program: str, arguments: tuple[str, ...]) -> None:
+    promtool = Path(prometheus_program).with_name("promtool")
+    done = subprocess.run([promtool, *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_has_a_case_that_fires() -> None:
+    tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
+    fire = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert fire == {rule["alert"] for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_each_alert_has_its_paragraph(rule: dict[str, Any]) -> None:
+    assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert rule["alert"] in headings
+
+
+def listed() -> dict[str, set[str]]:
+    """The labels of each metric that docs/telemetry.md lists, under the names that Prometheus gives them."""
+    found = {}
+    for line in (ROOT / "docs" / "telemetry.md").read_text().splitlines():
+        if (row := re.fullmatch(r"\| `([\w.]+)` \| (counter|gauge|histogram) \| (\S+) \| (.*?) \| .* \|", line)) is None:
+            continue
+        name = row[1].replace(".", "_") + ("_seconds" if row[3] == "s" else "")
+        labels = {label.replace(".", "_") for label in re.findall(r"`([\w.]+)`", row[4])}
+        if row[2] == "counter":
+            found[f"{name}_total"] = labels
+        elif row[2] == "gauge":
+            found[name] = labels
+        else:
+            found |= {f"{name}_bucket": labels | {"le"}, f"{name}_count": labels, f"{name}_sum": labels}
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_an_alert_rests_on_metrics_and_labels_that_there_are(rule: dict[str, Any]) -> None:
+    known = listed()
+    for name, selected in re.findall(rf"\b({NAME})(?:{{(.*?)}})?", _without_groupings(rule["expr"])):
+        if not name.startswith("rabbitmq_"):
+            assert name in known
+            assert set(re.findall(r"(\w+)\s*[=!]", selected)) <= known[name]
+
+
+def _without_groupings(expression: str) -> str:
+    return re.sub(r"\bby \(.*?\)", "", expression)
+
+
+@pytest.mark.servers
+def test_the_broker_has_the_metrics_that_alerts_rest_on() -> None:
+    port = free_port()
+    with ExitStack() as stack:
+        rabbit = start_rabbit(stack, plugins="rabbitmq_prometheus", settings=f"prometheus.tcp.port = {port}\n")
+        rabbit.ctl("eval", 'rabbit_amqqueue:declare(rabbit_misc:r(<<"/">>, queue, <<"q">>), true, false, [], none, <<"test">>).')
+        url = f"http://127.0.0.1:{port}"
+        scraped = httpx.get(f"{url}/metrics").text
+        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+        (queues,) = [job for job in config["scrape_configs"] if job["job_name"] == "rabbitmq-queues"]
+        scraped += httpx.get(url + queues["metrics_path"], params=queues["params"]).text
+    wanted = {name for rule in RULES for name in re.findall(r"\brabbitmq_[a-z_]+", rule["expr"])}
+    assert wanted
+    assert {name for name in wanted if not re.search(rf"^{name}[{{ ]", scraped, re.MULTILINE)} == set()
+
+
+# A real Prometheus, a real service
+
+
+class Prometheus:
+    """Scrapes the services at these ports every half second, with the project's own rules."""
+
+    def __init__(self, program: str, folder: Path, stack: ExitStack, services: dict[str, int]) -> None:
+        targets = [{"targets": [f"127.0.0.1:{port}"], "labels": {"service": name}} for name, port in services.items()]
+        config = {
+            "global": {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "500ms"},
+            "rule_files": [str(FOLDER / "alerts.yml")],
+            "scrape_configs": [{"job_name": "orderbus", "static_configs": targets}],
+        }
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}/api/v1"
+        arguments = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb"]
+        with (folder / "prometheus.log").open("wb") as log:
+            process = subprocess.Popen([*arguments, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+
+    def values(self, query: str) -> list[float]:
+        answer = self._get("query", query=query)
+        return [float(one["value"][1]) for one in answer["result"]] if answer else []
+
+    def firing(self) -> set[str]:
+        answer = self._get("alerts")
+        return {one["labels"]["alertname"] for one in answer["alerts"] if one["state"] == "firing"} if answer else set()
+
+    def names(self) -> set[str]:
+        return set(self._get("label/__name__/values") or ())
+
+    def _get(self, path: str, **parameters: str) -> Any:
+        try:
+            return httpx.get(f"{self._url}/{path}", params=parameters).json()["data"]
+        except httpx.TransportError:  # it is still starting
+            return None
+
+
+def until(is_true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not is_true():
+        assert time.monotonic() < deadline, f"waited {LIMIT_S:g} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.mark.servers
+def test_an_alert_fires_while_a_service_is_gone_and_resolves_when_it_is_back(
+    prometheus_program: str, shop_database_url: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    environment = {
+        "ORDERBUS_BROKER_URL": "memory://",
+        "ORDERBUS_DATABASE_URL": shop_database_url,
+        "OTEL_METRICS_EXPORTER": "prometheus",
+        "OTEL_EXPORTER_PROMETHEUS_PORT": str(port),
+    }
+    payment = Child("payment", ["-m", "orderbus", "run", "services.payment:bus"], environment, tmp_path)
+    with ExitStack() as stack:
+        prometheus = Prometheus(prometheus_program, tmp_path, stack, {"payment": port})
+        stack.callback(payment.stop)
+        payment.start()
+        wait_until_said("running: ", [payment])
+        until(lambda: prometheus.values("orderbus_relay_buckets") == [64], "the first scrape")
+        ours = {name for name in prometheus.names() if re.fullmatch(NAME, name)}
+        assert {"orderbus_handled_total", "orderbus_outbox_age_seconds"} <= ours <= set(listed())
+        assert "ServiceDown" not in prometheus.firing()
+
+        payment.kill()
+        until(lambda: "ServiceDown" in prometheus.firing(), "the alert")
+        payment.start()
+        until(lambda: "ServiceDown" not in prometheus.firing(), "its end")
