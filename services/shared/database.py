@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from importlib import resources
 from typing import Annotated
 
@@ -65,4 +66,6 @@ on conflict (sku) do nothing"""
 
 
 if __name__ == "__main__":
+    if not os.environ.get("ORDERBUS_DATABASE_URL"):
+        sys.exit("ORDERBUS_DATABASE_URL is not set: postgresql://user:password@host:5432/dbname, or embedded")
     asyncio.run(prepare(os.environ["ORDERBUS_DATABASE_URL"]))

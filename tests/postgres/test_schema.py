@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import psycopg
@@ -11,10 +12,10 @@ import pytest
 
 from orderbus._core.ids import uuid7
 from orderbus.abc import InboxEntry, Verdict
-from orderbus.adapters.postgres import PostgresStore, open_store, schema_sql
+from orderbus.adapters.postgres import PostgresStore, apply, open_store, schema_sql
 from orderbus.adapters.postgres.partitions import create_partitions, partition_bounds
 from orderbus.errors import UsageError
-from tests.postgres.conftest import Sql
+from tests.postgres.conftest import ALL, Sql, row
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
@@ -47,6 +48,30 @@ async def test_appliers_take_turns_and_the_second_finds_nothing_to_do(url: str) 
 
         assert sorted(applied) == [[], [], [], [1]]
         await store.check()
+
+
+@pytest.mark.parametrize("by", ["store", "connection"])
+async def test_a_database_made_without_a_locale_holds_any_text(postgres_url: str, by: str) -> None:
+    """initdb in the locale C makes it SQL_ASCII, in which psycopg gives text as bytes unless it is told otherwise."""
+    name = f"orderbus_test_{uuid4().hex[:12]}"
+    url = urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
+    with psycopg.connect(postgres_url, autocommit=True) as server:
+        server.execute(f"create database {name} encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0")
+    try:
+        async with open_store(url, name="tests") as store:
+            if by == "store":
+                await store.apply_schema()
+            else:
+                async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+                    await apply(connection)
+            await store.check()
+            transaction = await store.begin([InboxEntry(uuid4(), "Käufer", 1)])
+            await transaction.commit([], [row(1, key="größe")])
+            page = await store.outbox.read(list(ALL), 0, 10, 1 << 20)
+            assert [found.key for found in page.rows] == ["größe"]
+    finally:
+        with psycopg.connect(postgres_url, autocommit=True) as server:
+            server.execute(f"drop database {name} with (force)")
 
 
 async def test_the_printed_sql_makes_the_same_schema(url: str, query: Sql) -> None:

@@ -123,6 +123,7 @@ def conninfo_for(url: str, *, name: str, statement_timeout_ms: int, lock_timeout
     )
     settings: dict[str, Any] = {
         "application_name": name,
+        "client_encoding": "UTF8",  # or text would come as bytes from a database in SQL_ASCII, as one made without a locale is
         "keepalives_idle": 15,
         "keepalives_interval": 5,
         "keepalives_count": 3,

@@ -25,6 +25,8 @@ async def apply(connection: Connection) -> list[int]:
 
     One transaction, or a savepoint inside the caller's. Two appliers take turns. Raises UsageError where the database is newer.
     """
+    if connection.info.encoding == "ascii":  # in SQL_ASCII psycopg gives text as bytes
+        await connection.execute("set client_encoding = 'UTF8'")
     async with connection.transaction():
         await connection.execute(_LOCK)
         await connection.execute(_BEGINNING)
