@@ -405,7 +405,14 @@ class World:
             return False
         if "notify" in started and len(set(self.noted())) < self.committed():
             return False
-        return not sum(count for queue, count in self.ready().items() if not queue.endswith(DEAD))
+        if sum(count for queue, count in self.ready().items() if not queue.endswith(DEAD)):
+            return False
+        return "notify" not in started or not self._in_hand()
+
+    def _in_hand(self) -> int:
+        """What consumers hold: with `notify`, messages whose claim a dead process holds until its lease is over."""
+        lines = self.servers.rabbit.ctl("list_queues", "-p", self.vhost, "name", "messages_unacknowledged").splitlines()
+        return sum(int(line.split("\t")[1]) for line in lines if line.count("\t") == 1 and line.split("\t")[1].isdigit())
 
     def _unpublished(self) -> int:
         return self.number("select (select count(*) from orderbus.outbox) + (select count(*) from orderbus.stuck)")

@@ -33,7 +33,7 @@ def refused(world: World, word: str) -> None:
 
 @contextmanager
 def commands(world: World) -> Iterator[Redis]:
-    with Redis(port=world.servers.redis.port) as redis:
+    with Redis(port=world.servers.redis.port, socket_timeout=60) as redis:  # DEBUG SLEEP takes longer than its own limit
         yield redis
 
 
@@ -146,7 +146,7 @@ def refusing(world: World, word: str, refuse: Callable[[Redis], object], mend: C
 @scenario("redis-read-only")
 def read_only(world: World) -> None:
     """A replica, as after a failover, whose primary is away."""
-    refusing(world, "READONLY", lambda redis: redis.slaveof("127.0.0.1", free_port()), lambda redis: redis.slaveof())
+    refusing(world, "read only", lambda redis: redis.slaveof("127.0.0.1", free_port()), lambda redis: redis.slaveof())
 
 
 @scenario("redis-without-its-replicas")
@@ -165,7 +165,7 @@ def out_of_memory(world: World) -> None:
     """Its limit is reached, and it evicts nothing: it refuses whatever could make it grow, the completion of claims too."""
     refusing(
         world,
-        "OOM",
+        "maxmemory",  # the client cuts off the OOM before it
         lambda redis: redis.config_set("maxmemory", "1mb"),
         lambda redis: redis.config_set("maxmemory", 0),
     )
