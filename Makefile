@@ -54,6 +54,10 @@ fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 faults: setup ## Break everything, and count: ONLY=part,of,names SEED= ROUNDS=1
 	$(BIN)/python -m tests.faults --rounds $(ROUNDS) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
+.PHONY: compose-test
+compose-test: setup ## The compose stack, really run on a local Docker engine
+	$(BIN)/python -m tests.compose
+
 .PHONY: check
 check: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Makes compose/.env with random secrets; one that is there is left alone.
+set -eu
+cd "$(dirname "$0")/.."
+if [ -e .env ]; then
+    echo "compose/.env is there already"
+    exit 0
+fi
+secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
+umask 077
+sed -e "s/^POSTGRES_PASSWORD=$/POSTGRES_PASSWORD=$(secret)/" \
+    -e "s/^RABBITMQ_PASSWORD=$/RABBITMQ_PASSWORD=$(secret)/" \
+    -e "s/^REDIS_PASSWORD=$/REDIS_PASSWORD=$(secret)/" .env.example > .env
+echo "made compose/.env"

@@ -1,0 +1,104 @@
+"""The compose stack as it is written; `make compose-test` runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.faults.world import ROOT
+
+COMPOSE = ROOT / "compose"
+TEXT = (COMPOSE / "docker-compose.yml").read_text()
+STACK: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = STACK["services"]
+OURS = ("orders-api", "outbox-dispatcher", "payment", "inventory", "aggregator", "notification")
+VARIABLE = re.compile(r"\$\{([A-Z_]+)(:?[-?])?")
+
+
+def test_env_example_has_every_variable_and_no_other() -> None:
+    example = (COMPOSE / ".env.example").read_text()
+    named = set(re.findall(r"^(?:# )?([A-Z_]+)=", example, re.MULTILINE))
+    assert named == {name for name, _ in VARIABLE.findall(TEXT)} - {"PIP_NO_INDEX"} | {"COMPOSE_PROJECT_NAME"}
+
+
+def test_env_example_gives_the_defaults_of_the_stack() -> None:
+    defaults = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", TEXT))
+    for name, value in re.findall(r"^# ([A-Z_]+)=(.*)$", (COMPOSE / ".env.example").read_text(), re.MULTILINE):
+        assert defaults[name] == value, name
+
+
+def test_secrets_have_no_default() -> None:
+    for name, kind in VARIABLE.findall(TEXT):
+        assert ("PASSWORD" in name) == (kind == ":?"), name
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_ports_are_published_on_the_loopback_only(name: str) -> None:
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", ()))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_images_are_pinned_and_memory_is_bounded(name: str) -> None:
+    service = SERVICES[name]
+    image = re.fullmatch(r"\$\{[A-Z]+_IMAGE:-[\w./-]+:([\w.-]+)\}", service["image"])
+    assert image is not None
+    assert image[1] != "latest"
+    assert "mem_limit" in service
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_service_may_do_no_more_than_it_must(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert service["healthcheck"]["test"]
+    assert {"prepare", "rabbitmq", "redis"} <= service["depends_on"].keys()
+    assert re.search(r"^USER 10001", (COMPOSE / "Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_only_servers_and_services_share_the_servers_network() -> None:
+    assert STACK["networks"]["servers"]["internal"]
+    assert {name for name, service in SERVICES.items() if "servers" in service["networks"]} == {
+        *OURS,
+        "prepare",
+        "postgres",
+        "rabbitmq",
+        "redis",
+    }
+
+
+def test_prometheus_looks_for_the_services_that_there_are() -> None:
+    (job,) = [
+        one
+        for one in yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+        if "dns_sd_configs" in one
+    ]
+    assert sorted(job["dns_sd_configs"][0]["names"]) == sorted(OURS)
+
+
+@pytest.mark.parametrize("script", sorted((COMPOSE / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_is_a_shell_script_that_can_be_run(script: Any) -> None:
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["sh", "-n", str(script)], check=True, timeout=10)
+
+
+def test_setup_makes_secrets_once(tmp_path: Any) -> None:
+    folder = tmp_path / "compose"
+    (folder / "scripts").mkdir(parents=True)
+    for name in (".env.example", "scripts/setup.sh"):
+        (folder / name).write_text((COMPOSE / name).read_text())
+    for _ in range(2):
+        subprocess.run(["sh", str(folder / "scripts" / "setup.sh")], check=True, capture_output=True, timeout=10)
+    first = (folder / ".env").read_text()
+    subprocess.run(["sh", str(folder / "scripts" / "setup.sh")], check=True, capture_output=True, timeout=10)
+
+    assert (folder / ".env").read_text() == first
+    assert (folder / ".env").stat().st_mode & 0o077 == 0
+    secrets = dict(re.findall(r"^(\w+_PASSWORD)=(\w+)$", first, re.MULTILINE))
+    assert len(secrets) == len(set(secrets.values())) == 3
+    assert all(len(secret) == 48 for secret in secrets.values())
