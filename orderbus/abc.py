@@ -14,7 +14,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
-from orderbus._core.outbox_rows import Handled, HeldRow, OutboxStats, RowsWanted
+from orderbus._core.outbox_rows import Handled, HeldRow, OutboxStats, Pace, RowsWanted
 from orderbus._core.topology import Topology
 
 __all__ = [
@@ -239,6 +239,9 @@ class OutboxDesk(Protocol):
 
     async def handled(self, event_id: UUID) -> Sequence[Handled]:
         """Which consumers have handled an event, as far as the inbox remembers."""
+
+    async def paces(self, window_s: float) -> Sequence[Pace]:
+        """What each consumer has handled within the last so many seconds; those that have handled nothing are left out."""
 
 
 class Store(Protocol):

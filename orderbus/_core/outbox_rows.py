@@ -90,6 +90,16 @@ class OutboxStats(msgspec.Struct, frozen=True):
     holders: tuple[Holder, ...]
 
 
+class Pace(msgspec.Struct, frozen=True):
+    """What a consumer has handled lately, as its inbox rows say. Its lag is from an event's emission to the commit."""
+
+    consumer: str
+    per_s: float
+    lag_p50_s: float | None
+    """None where none of the events' ids says when it was emitted."""
+    lag_p99_s: float | None
+
+
 class Handled(msgspec.Struct, frozen=True):
     """That a consumer has handled an event, as its inbox row says."""
 

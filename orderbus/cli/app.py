@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import orderbus
-from orderbus.cli import check, describe, dlq, explain, outbox, run, schema
+from orderbus.cli import check, describe, dlq, explain, outbox, run, schema, top
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,7 @@ app.command("check", epilog=check.EXAMPLE)(check.check)
 app.add_typer(schema.app, name="schema")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(outbox.app, name="outbox")
+app.command("top", epilog=top.EXAMPLE)(top.top)
 app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import psycopg
 from psycopg import errors
 
-from orderbus._core.outbox_rows import Handled, Held, HeldRow, Holder, OutboxStats, RowsWanted, StuckFor
+from orderbus._core.outbox_rows import Handled, Held, HeldRow, Holder, OutboxStats, Pace, RowsWanted, StuckFor
 from orderbus._core.topology import BUCKETS
 from orderbus.adapters.postgres import schema
 from orderbus.adapters.postgres.embedded import is_embedded, start_embedded
@@ -103,6 +103,11 @@ class PostgresDesk:
             cursor = await connection.execute(_HANDLED, (event_id,))
             return [Handled(*row) for row in await cursor.fetchall()]
 
+    async def paces(self, window_s: float) -> Sequence[Pace]:
+        async with self._connection() as connection:
+            cursor = await connection.execute(_PACES, {"window_s": window_s})
+            return [Pace(*row) for row in await cursor.fetchall()]
+
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
         where = self._pool.where
@@ -178,6 +183,17 @@ left join (select bucket, owner, until from orderbus.lease where until > now()) 
 left join orderbus.relay using (owner)
 left join lateral (select count(*) as waiting from orderbus.outbox where outbox.bucket = every.bucket) counted on true
 group by owner order by owner nulls last"""
+
+# The first 48 bits of a UUIDv7 are milliseconds; its 13th digit is a 7.
+_PACES = """\
+select name, count(*) / %(window_s)s::float8,
+    percentile_cont(0.5) within group (order by lag_s), percentile_cont(0.99) within group (order by lag_s)
+from (
+    select consumer, case when substr(event_id::text, 15, 1) = '7' then greatest(extract(epoch from handled_at)::float8
+        - ('x' || substr(event_id::text, 1, 8) || substr(event_id::text, 10, 4))::bit(48)::bigint / 1000.0, 0) end as lag_s
+    from orderbus.inbox where handled_at > now() - make_interval(secs => %(window_s)s)
+) lately join orderbus.consumer on consumer.id = lately.consumer
+group by name order by name"""
 
 _RETRY = """\
 update orderbus.stuck set next_try_at = now(), is_behind = false
