@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 RATE ?= 1500
 SECONDS ?= 20
 KILL ?=
+PROFILE ?= steady
+LOAD_SECONDS ?= 60
 SEED ?=
 BYTES ?= 10000000
 ONLY ?=
@@ -34,6 +36,14 @@ demo: setup ## All services in one process, embedded PostgreSQL: RATE=1500 SECON
 .PHONY: demo-servers
 demo-servers: setup ## A process per service on RabbitMQ, PostgreSQL, Redis: RATE= SECONDS= KILL=payment|random SEED=
 	$(BIN)/python -m services.demo --servers --rate $(RATE) --seconds $(SECONDS) $(if $(KILL),--kill $(KILL)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: load
+load: setup ## Load with thresholds that fail: PROFILE=steady|ramp|spike|soak RATE= LOAD_SECONDS=
+	$(BIN)/python -m tests.load --profile $(PROFILE) --rate $(RATE) --seconds $(LOAD_SECONDS)
+
+.PHONY: resilience
+resilience: setup ## Payment is away under load, and comes back: what waited, what was lost
+	$(BIN)/python -m tests.load.resilience
 
 .PHONY: test
 test: setup ## All tests, on real servers found or started

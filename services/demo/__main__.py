@@ -12,10 +12,11 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from services.demo.figures import save, show
+from services.demo.figures import Figures, save, show
 from services.demo.page import write_page
 from services.demo.processes import ChildFailed, wait_until_ready, wait_until_said
 from services.demo.run import Plan, Run
@@ -30,50 +31,70 @@ def main() -> None:
     """Run the demo as the command line says."""
     options = _options()
     console = Console(stderr=True)
+    servers: AbstractContextManager[Servers] = real() if options.servers else embedded(BUILD / "demo-postgres")
+    console.print(f"servers: {'RabbitMQ, PostgreSQL, Redis' if options.servers else 'in-process broker, embedded PostgreSQL'}")
+    kill = _chosen(options.kill, options.seed, console)
+    with servers as found:
+        figures = measure(
+            found, console, rate=options.rate, seconds=options.seconds, kill=kill, seed=options.seed, port=options.port
+        )
+    sys.exit(0 if figures.consistent else 1)
+
+
+def measure(
+    found: Servers,
+    console: Console,
+    *,
+    rate: float,
+    seconds: int,
+    seed: int,
+    kill: str = "",
+    port: int = 0,
+    **more: Any,
+) -> Figures:
+    """One run on these servers; leaves build/demo.json and build/demo.html. `more` are further fields of the Plan."""
     folder = BUILD / "demo-logs"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    servers: AbstractContextManager[Servers] = real() if options.servers else embedded(BUILD / "demo-postgres")
-    console.print(f"servers: {'RabbitMQ, PostgreSQL, Redis' if options.servers else 'in-process broker, embedded PostgreSQL'}")
-    with servers as found:
-        asyncio.run(database.prepare(found.database_url))
-        make_scarce(found.database_url)
-        port = options.port or free_port()
-        processes = children(options.servers, found.environment() | surroundings(port), folder)
-        plan = Plan(
-            mode=found.mode,
-            rate=options.rate,
-            seconds=options.seconds,
-            kill=_chosen(options.kill, options.seed, console),
-            seed=options.seed,
-            url=f"http://127.0.0.1:{port}",
-            database_url=found.database_url,
-            folder=folder,
-        )
-        run = Run(plan, processes, found, console)
-        try:
-            for child in processes:
-                child.start()
-            wait_until_said(RUNNING, processes[:-1])
-            wait_until_ready(f"{plan.url}/ready", processes)
-            run.load()
-            run.settle()
-            timeline = run.example()
-        except (ChildFailed, TimeoutError) as error:
-            console.print(f"[bold red]the demo failed:[/] {error}", highlight=False)
-            raise SystemExit(1) from None
-        finally:
-            for child in reversed(processes):
-                child.stop()
-        figures = run.figures()
-        show(Console(), figures, plan.rate)
-        print("CPU by process, µs/order:", ", ".join(f"{name} {us:.0f}" for name, us in run.cpu_us().items()))
-        print(f"\nOne order's timeline:\n{timeline}")
-        save(figures, BUILD / "demo.json")
-        write_page(BUILD / "demo.html", figures, plan.rate, *run.curves(), timeline)
-        console.print(f"figures: {BUILD / 'demo.json'}   curves: {BUILD / 'demo.html'}   logs: {folder}/")
-    sys.exit(0 if figures.consistent else 1)
+    asyncio.run(database.prepare(found.database_url))
+    make_scarce(found.database_url)
+    port = port or free_port()
+    processes = children(found.mode == "servers", found.environment() | surroundings(port), folder)
+    plan = Plan(
+        mode=found.mode,
+        rate=rate,
+        seconds=seconds,
+        kill=kill,
+        seed=seed,
+        url=f"http://127.0.0.1:{port}",
+        database_url=found.database_url,
+        folder=folder,
+        **more,
+    )
+    run = Run(plan, processes, found, console)
+    try:
+        for child in processes:
+            child.start()
+        wait_until_said(RUNNING, processes[:-1])
+        wait_until_ready(f"{plan.url}/ready", processes)
+        run.load()
+        run.settle()
+        timeline = run.example()
+    except (ChildFailed, TimeoutError) as error:
+        console.print(f"[bold red]the demo failed:[/] {error}", highlight=False)
+        raise SystemExit(1) from None
+    finally:
+        for child in reversed(processes):
+            child.stop()
+    figures = run.figures()
+    show(Console(), figures, plan.rate)
+    print("CPU by process, µs/order:", ", ".join(f"{name} {us:.0f}" for name, us in run.cpu_us().items()))
+    print(f"\nOne order's timeline:\n{timeline}")
+    save(figures, BUILD / "demo.json")
+    write_page(BUILD / "demo.html", figures, plan.rate, *run.curves(), timeline)
+    console.print(f"figures: {BUILD / 'demo.json'}   curves: {BUILD / 'demo.html'}   logs: {folder}/")
+    return figures
 
 
 def _options() -> argparse.Namespace:

@@ -36,6 +36,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     database_url: str
     folder: Path
     outboxes: tuple[str, ...] = OUTBOXES
+    locustfile: Path = Path(__file__).with_name("load.py")
+    shape: dict[str, str] = {}
+    """What a locustfile with a shape of its own reads: then that says how many users there are, and when the load ends."""
+    report: Path | None = None
+    """Where locust writes its HTML."""
+    away_s: float = RESTART_AFTER_S
+    """How long the killed service stays away."""
 
 
 class Load(msgspec.Struct):
@@ -73,18 +80,23 @@ class Run:
             "DEMO_USERS": str(users),
             "DEMO_SEED": str(plan.seed),
             "DEMO_LOAD_OUTPUT": str(output),
+            **plan.shape,
         }
         arguments = [
             "-m",
             "locust",
             "-f",
-            str(Path(__file__).with_name("load.py")),
+            str(plan.locustfile),
             "--headless",
             "--only-summary",
             "--host",
             plan.url,
         ]
-        arguments += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{plan.seconds}s", "--stop-timeout", "10"]
+        if not plan.shape:
+            arguments += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{plan.seconds}s"]
+        if plan.report is not None:
+            arguments += ["--html", str(plan.report)]
+        arguments += ["--stop-timeout", "10"]
         arguments += ["--exit-code-on-error", "0", "--loglevel", "WARNING"]
         locust = Child("load", arguments, environment, plan.folder)
         meter = CpuMeter(self._children)
@@ -110,7 +122,7 @@ class Run:
                     victim.kill()
                     self._killed.add(victim.name)
                     self._console.print(f"[bold red]SIGKILL[/] {victim.name} at {now - began:.1f} s")
-                    kill_at, restart_at = 0.0, now + RESTART_AFTER_S
+                    kill_at, restart_at = 0.0, now + plan.away_s
                 if victim is not None and restart_at and now >= restart_at:
                     victim.start()
                     meter.add(victim)
