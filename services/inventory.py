@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping
 from uuid import UUID
 
 import msgspec
+from opentelemetry.metrics import get_meter
 
 from orderbus import Batch, Bus, Column, Tx, columns
 from services.shared.events import OrderCancelled, OrderPlaced, StockRejected, StockReserved
 
 bus = Bus("inventory")
+
+STOCK = get_meter("orders").create_gauge("orders.stock", "{piece}", "Pieces on the shelves; and of the scarcest article.")
 
 
 @bus.on_batch(OrderPlaced, most=200)
@@ -48,6 +51,15 @@ async def reserve(batch: Batch[OrderPlaced], tx: Tx) -> list[StockReserved | Sto
     if rejected:
         await tx.execute(_REJECT, columns((no.order_id, no.sku, no.reason) for no in rejected))
     return answers + rejected
+
+
+@bus.every(10.0)
+async def count_stock(tx: Tx) -> None:
+    """How much there is, for the metrics."""
+    row = await tx.fetch_one("select coalesce(sum(available), 0), coalesce(min(available), 0) from stock")
+    assert row is not None
+    STOCK.set(int(row[0]), {"stock.of": "all"})
+    STOCK.set(int(row[1]), {"stock.of": "scarcest"})
 
 
 @bus.on_batch(OrderCancelled, most=200)
