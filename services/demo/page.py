@@ -12,10 +12,12 @@ WIDTH, HEIGHT, MARGIN = 860, 240, 48
 COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e")
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2rem auto;padding:0 1rem;color:#1f2328;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #d1d9e0}
-td:nth-child(n+2){text-align:right;font-variant-numeric:tabular-nums}.reached{color:#1a7f37}.missed{color:#cf222e;font-weight:600}
-svg text{font-size:11px;fill:#59636e}pre{background:#f6f8fa;padding:.8rem;overflow:auto}"""
+:root{color-scheme:light dark;--ink:#1f2328;--paper:#fff;--line:#d1d9e0;--dim:#59636e;--box:#f6f8fa;--good:#1a7f37;--bad:#cf222e}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--paper:#0d1117;--line:#30363d;--dim:#9198a1;--box:#161b22;--good:#3fb950;--bad:#ff7b72}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:900px;margin:2rem auto;padding:0 1rem;color:var(--ink);background:var(--paper)}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid var(--line)}
+td:nth-child(n+2){text-align:right;font-variant-numeric:tabular-nums}.reached{color:var(--good)}.missed{color:var(--bad);font-weight:600}
+svg line{stroke:var(--line)}svg text{font-size:11px;fill:var(--dim)}pre{background:var(--box);padding:.8rem;overflow:auto}"""
 
 
 def write_page(
@@ -55,7 +57,7 @@ def _chart(seconds: Sequence[int], curves: Mapping[str, Sequence[float | None]])
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(", ".join(curves))}">']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = HEIGHT - MARGIN / 2 - share * (HEIGHT - MARGIN)
-        parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1d9e0"/>')
+        parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{top * share:.0f}</text>')
     for n in range(0, len(seconds), max(len(seconds) // 10, 1)):
         parts.append(
