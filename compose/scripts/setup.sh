@@ -10,5 +10,7 @@ secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 umask 077
 sed -e "s/^POSTGRES_PASSWORD=$/POSTGRES_PASSWORD=$(secret)/" \
     -e "s/^RABBITMQ_PASSWORD=$/RABBITMQ_PASSWORD=$(secret)/" \
-    -e "s/^REDIS_PASSWORD=$/REDIS_PASSWORD=$(secret)/" .env.example > .env
+    -e "s/^REDIS_PASSWORD=$/REDIS_PASSWORD=$(secret)/" \
+    -e "s/^ELASTIC_PASSWORD=$/ELASTIC_PASSWORD=$(secret)/" \
+    -e "s/^KIBANA_PASSWORD=$/KIBANA_PASSWORD=$(secret)/" .env.example > .env
 echo "made compose/.env"

@@ -10,10 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import httpx
 import pytest
 import yaml
 
+from orderbus._core.message import Outgoing, Settlement
+from orderbus._core.topology import Queue, Topology
+from orderbus.adapters.rabbitmq import open_broker
 from services.demo.processes import Child, wait_until_said
 from tests.faults.world import ROOT
 from tests.servers import free_port, start_rabbit
@@ -80,19 +85,35 @@ def _without_groupings(expression: str) -> str:
 
 
 @pytest.mark.servers
-def test_the_broker_has_the_metrics_that_alerts_rest_on() -> None:
+def test_the_broker_has_the_metrics_that_alerts_and_dashboards_rest_on() -> None:
+    elastic = ROOT / "compose" / "elastic"
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    collector = yaml.safe_load((elastic / "collector.yml").read_text())["receivers"]["prometheus"]["config"]
+    (queues, also) = (job for one in (config, collector) for job in one["scrape_configs"] if job["job_name"] == "rabbitmq-queues")
+    asked = {"family": [*queues["params"]["family"], *also["params"]["family"]]}
+    wanted = {name for rule in RULES for name in re.findall(r"\brabbitmq_[a-z_]+", rule["expr"])}
+    wanted |= set(re.findall(r"metrics\.(rabbitmq_[a-z_]+)", (elastic / "dashboards.yml").read_text()))
     port = free_port()
     with ExitStack() as stack:
         rabbit = start_rabbit(stack, plugins="rabbitmq_prometheus", settings=f"prometheus.tcp.port = {port}\n")
-        rabbit.ctl("eval", 'rabbit_amqqueue:declare(rabbit_misc:r(<<"/">>, queue, <<"q">>), true, false, [], none, <<"test">>).')
-        url = f"http://127.0.0.1:{port}"
-        scraped = httpx.get(f"{url}/metrics").text
-        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-        (queues,) = [job for job in config["scrape_configs"] if job["job_name"] == "rabbitmq-queues"]
-        scraped += httpx.get(url + queues["metrics_path"], params=queues["params"]).text
-    wanted = {name for rule in RULES for name in re.findall(r"\brabbitmq_[a-z_]+", rule["expr"])}
+
+        async def consumed(is_over: Callable[[], bool]) -> None:
+            async with open_broker(rabbit.url, name="tests") as broker:
+                await broker.apply(Topology(queues=(Queue("q"),)))
+                await broker.publish([Outgoing("", "q", b"", "m", "t")])
+                async with broker.subscribe("q", prefetch=1) as subscription:
+                    (delivery,) = await subscription.receive()
+                    subscription.settle(delivery, Settlement.ACK)
+                    await subscription.flush()
+                    await anyio.to_thread.run_sync(until, is_over, f"{wanted} to be scraped")
+
+        def all_are_there() -> bool:
+            url = f"http://127.0.0.1:{port}"
+            scraped = httpx.get(f"{url}/metrics").text + httpx.get(url + queues["metrics_path"], params=asked).text
+            return all(re.search(rf"^{name}[{{ ]", scraped, re.MULTILINE) for name in wanted)
+
+        anyio.run(consumed, all_are_there)
     assert wanted
-    assert {name for name in wanted if not re.search(rf"^{name}[{{ ]", scraped, re.MULTILINE)} == set()
 
 
 # A real Prometheus, a real service

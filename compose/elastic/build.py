@@ -1,0 +1,141 @@
+"""`python -m compose.elastic.build`: dashboards.yml to dashboards.ndjson, which Kibana 8 and 9 import.
+
+A panel is a TSVB visualization that the dashboard holds by value; a data view for each index goes with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e")
+UNITS = {"number": "number", "s": "s,humanize,2", "ms": "ns,ms,1", "cents": "number"}
+WIDTH, HEIGHT = 24, 12
+
+
+def saved_objects(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, pattern in source["indices"].items():
+        yield {
+            "id": f"orderbus-data-{name}",
+            "type": "index-pattern",
+            "attributes": {"title": pattern, "name": f"orderbus {name}", "timeFieldName": "@timestamp"},
+            "references": [],
+        }
+    for dashboard in source["dashboards"]:
+        yield _dashboard(dashboard, source["indices"])
+
+
+def _dashboard(dashboard: Mapping[str, Any], indices: Mapping[str, str]) -> dict[str, Any]:
+    panels = []
+    for number, panel in enumerate(dashboard["panels"]):
+        place = {"x": WIDTH * (number % 2), "y": HEIGHT * (number // 2), "w": WIDTH, "h": HEIGHT, "i": str(number)}
+        visualization = {
+            "title": panel["title"],
+            "type": "metrics",
+            "params": _lines(panel, indices[panel["index"]], f"{dashboard['id']}-{number}"),
+            "uiState": {},
+            "data": {"aggs": [], "searchSource": {"query": {"query": "", "language": "kuery"}, "filter": []}},
+        }
+        panels.append(
+            {
+                "type": "visualization",
+                "gridData": place,
+                "panelIndex": str(number),
+                "embeddableConfig": {"savedVis": visualization, "enhancements": {}},
+                "title": panel["title"],
+            }
+        )
+    return {
+        "id": dashboard["id"],
+        "type": "dashboard",
+        "attributes": {
+            "title": f"orderbus: {dashboard['title']}",
+            "description": "Made from compose/elastic/dashboards.yml",
+            "panelsJSON": json.dumps(panels),
+            "optionsJSON": json.dumps({"useMargins": True, "syncColors": False, "hidePanelTitles": False}),
+            "timeRestore": True,
+            "timeFrom": "now-30m",
+            "timeTo": "now",
+            "refreshInterval": {"pause": False, "value": 10_000},
+            "kibanaSavedObjectMeta": {
+                "searchSourceJSON": json.dumps({"query": {"query": "", "language": "kuery"}, "filter": []})
+            },
+        },
+        "references": [],
+        "coreMigrationVersion": "8.8.0",
+        "typeMigrationVersion": "8.9.0",
+    }
+
+
+def _lines(panel: Mapping[str, Any], pattern: str, ident: str) -> dict[str, Any]:
+    return {
+        "id": ident,
+        "type": "timeseries",
+        "series": [_line(line, panel, f"{ident}-{n}", COLOURS[n % len(COLOURS)]) for n, line in enumerate(panel["lines"])],
+        "use_kibana_indexes": False,
+        "index_pattern": pattern,
+        "time_field": "@timestamp",
+        "time_range_mode": "entire_time_range",
+        "interval": ">=10s",
+        "filter": {"query": panel.get("query", ""), "language": "kuery"},
+        "axis_position": "left",
+        "axis_formatter": "number",
+        "axis_scale": "normal",
+        "axis_min": "0",
+        "show_legend": 1,
+        "show_grid": 1,
+        "tooltip_mode": "show_all",
+        "drop_last_bucket": 1,
+        "isModelInvalid": False,
+    }
+
+
+def _line(line: Mapping[str, Any], panel: Mapping[str, Any], ident: str, colour: str) -> dict[str, Any]:
+    split = {"split_mode": "everything"}
+    if "by" in line:
+        split = {"split_mode": "terms", "terms_field": line["by"], "terms_size": "20", "terms_order_by": "_count"}
+    return {
+        "id": ident,
+        "label": line["label"] if "by" not in line else "",
+        "color": colour,
+        "palette": {"type": "palette", "name": "default"},
+        "metrics": [_metric(line, f"{ident}-metric")],
+        "separate_axis": 0,
+        "axis_position": "right",
+        "formatter": UNITS[panel.get("unit", "number")],
+        "chart_type": "line",
+        "line_width": 2,
+        "point_size": 0,
+        "fill": 0,
+        "stacked": "none",
+        **split,
+    }
+
+
+def _metric(line: Mapping[str, Any], ident: str) -> dict[str, Any]:
+    what, _, number = str(line["of"]).partition(" ")
+    if what == "percentile":
+        percentiles = [{"id": f"{ident}-p", "mode": "line", "shade": 0.2, "value": number, "percentile": ""}]
+        return {"id": ident, "type": "percentile", "field": line["field"], "percentiles": percentiles}
+    if what == "count":
+        return (
+            {"id": ident, "type": "count"}
+            if "field" not in line
+            else {"id": ident, "type": "value_count", "field": line["field"]}
+        )
+    kind = {"rate": "positive_rate", "max": "max", "average": "avg", "sum": "sum"}[what]
+    return {"id": ident, "type": kind, "field": line["field"], **({"unit": "1s"} if kind == "positive_rate" else {})}
+
+
+def ndjson() -> str:
+    source = yaml.safe_load((FOLDER / "dashboards.yml").read_text(encoding="utf-8"))
+    return "".join(json.dumps(one) + "\n" for one in saved_objects(source))
+
+
+if __name__ == "__main__":
+    (FOLDER / "dashboards.ndjson").write_text(ndjson(), encoding="utf-8")
