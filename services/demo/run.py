@@ -69,6 +69,8 @@ class Run:
         self._cpu_s: dict[str, float] = {}
         self._parked: int | None = None
         self._killed: set[str] = set()
+        self._waiting: dict[int, tuple[int, int]] = {}
+        """By second: orders that are pending, and rows in the outbox."""
 
     def load(self) -> None:
         """Send the orders, show how it goes, kill the chosen service at 40 % of the time and restart it a second later."""
@@ -133,6 +135,7 @@ class Run:
                         child.check()
                 meter.look()
                 placed, finished = self._counts()
+                self._waiting[int(time.time())] = (placed - finished, self._outbox())
                 progress.update(
                     bar, completed=min(now - began, plan.seconds), description=f"{placed} placed, {finished} finished"
                 )
@@ -145,6 +148,11 @@ class Run:
         row = self._connection.execute("select count(*), count(finished_at) from orders").fetchone()
         assert row is not None
         return row[0], row[1]
+
+    def _outbox(self) -> int:
+        row = self._connection.execute("select count(*) from orderbus.outbox").fetchone()
+        assert row is not None
+        return int(row[0])
 
     def settle(self) -> None:
         """Wait until every order is finished and every compensation done, or the time is up; then count."""
@@ -212,7 +220,7 @@ class Run:
         return {name: seconds / orders * 1e6 for name, seconds in self._cpu_s.items()}
 
     def curves(self) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
-        """By second, for the page: throughput, API latency, end-to-end latency."""
+        """By second, for the page: throughput, API latency, end-to-end latency, and what waits."""
         assert self._load is not None
         rows = {int(row[0]): row[1:] for row in curves(self._connection)}
         times = {int(second): values for second, values in self._load.times_ms.items()}
@@ -229,6 +237,10 @@ class Run:
             "End to end, ms": {
                 "p50": [rows[s][2] if s in rows else None for s in seconds],
                 "p99": [rows[s][3] if s in rows else None for s in seconds],
+            },
+            "Waiting": {
+                "orders pending": [self._waiting[s][0] if s in self._waiting else None for s in seconds],
+                "rows in the outbox": [self._waiting[s][1] if s in self._waiting else None for s in seconds],
             },
         }
 

@@ -158,7 +158,8 @@ def test_the_metrics_of_all_services_arrive(shop_url: tuple[str, bool], collecto
     until(collector, lambda: counted() == {"orders.finished": 2, "orders.revenue": 1_000})
     everybody = {name.replace("_", "-") for name in SERVICES} | {"orders-api"} if is_apart else {"orders"}
     until(collector, lambda: {service for service, name in collector.metrics if name == "orderbus.emitted"} == everybody)
-    until(collector, lambda: any(name == "http.server.request.duration" for _, name in collector.metrics))
+    for wanted in ("http.server.request.duration", "db.client.connection.wait_time", "orders.stock", "orders.end_to_end"):
+        until(collector, lambda wanted=wanted: any(name == wanted for _, name in collector.metrics))
 
 
 def _is_on_the_way(span: Span) -> bool:
