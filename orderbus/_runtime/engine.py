@@ -31,7 +31,7 @@ from orderbus._runtime.relay import Relay, publish_rows
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tracing import Tracing, outside
 from orderbus._runtime.tx import Encoding, Tx
-from orderbus.abc import Broker, Claims, OutboxRow, Store
+from orderbus.abc import Backlog, Broker, Claims, OutboxRow, Store
 from orderbus.errors import UnavailableError, UsageError
 
 log = logging.getLogger("orderbus")
@@ -193,7 +193,9 @@ class Engine:
             self._tasks.start_soon(self._maintain, name="maintenance")
             if self._settings.relay is not False:
                 owner = f"{self.group}-{uuid4().hex[:12]}"
-                self._relay = Relay(self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng, self.tracing)
+                self._relay = Relay(
+                    self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng, self.tracing, self.metrics
+                )
                 self._tasks.start_soon(_ending, self._relay.run, self._relay_done, name="relay")
                 if self.metrics.records:
                     self._tasks.start_soon(self._look_at_the_outbox, self._relay, name="outbox metrics")
@@ -323,7 +325,7 @@ class Engine:
         self._emitted(len(tx._emitted))
 
     async def publish_rows(self, rows: Sequence[OutboxRow]) -> Sequence[Receipt]:
-        receipts = await publish_rows(self.broker, rows, self.tracing) if rows else ()
+        receipts = await publish_rows(self.broker, rows, self.tracing, self.metrics) if rows else ()
         self.stats.published += sum(receipt is Receipt.CONFIRMED for receipt in receipts)
         return receipts
 
@@ -397,8 +399,10 @@ class Engine:
         while True:
             try:
                 self.stats.outbox = await relay.measure()
-            except UnavailableError as error:  # its age goes on growing, as far as anyone knows
+            except UnavailableError as error:
                 log.debug("the outbox can't be measured: %s", error)
+                if (last := self.stats.outbox) is not None and last.waiting:  # and so they go on waiting
+                    self.stats.outbox = Backlog(last.waiting, last.oldest_s + MEASURE_EVERY_S, last.stuck)
             await anyio.sleep(MEASURE_EVERY_S)
 
     async def _maintain(self) -> None:

@@ -20,7 +20,7 @@ from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.policy import RetryLater
 from orderbus._core.work import Work, by_key, check_tx_result
 from orderbus._runtime.calling import check_cancelled, running_clock
-from orderbus._runtime.tracing import Tracing, inside, spans_of
+from orderbus._runtime.tracing import CAUSE, Tracing, inside, spans_of
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Claims, ClaimState, InboxEntry, Store, Verdict
 from orderbus.errors import HandlerTimeout, MessageError, UnavailableError, UsageError
@@ -105,11 +105,17 @@ class Caller:
         if tx is not None:
             tx._cause = work.trace if work.span is None else self._tracing.cause(work)
         try:
-            if work.span is None:
-                result = await handler.function(*arguments)
-            else:
+            if work.span is not None:
                 with inside(work.span):
                     result = await handler.function(*arguments)
+            elif work.trace is not None:
+                token = CAUSE.set(work.trace)
+                try:
+                    result = await handler.function(*arguments)
+                finally:
+                    CAUSE.reset(token)
+            else:
+                result = await handler.function(*arguments)
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise

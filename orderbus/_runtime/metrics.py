@@ -7,6 +7,7 @@ recorded once a unit, not once a message, for one record costs 5 µs. docs/telem
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -103,6 +104,7 @@ OBSERVED: Sequence[_Observed] = (
     _Observed("counter", "messaging.client.consumed.messages", "{message}", "Deliveries received.", _of_queues("received")),
     _Observed("counter", "messaging.client.sent.messages", "{message}", "Events that left, by what became of them.", _sent),
     _Observed("counter", "orderbus.handled", "{message}", "Tries of handlers, by what became of them.", _handled),
+    _Observed("counter", "orderbus.dead_letters", "{message}", "Messages moved to the dead letters.", _of_queues("letters")),
     _Observed("counter", "orderbus.parked", "{message}", "Messages moved to the dead letters, by reason.", _parked),
     _Observed("counter", "orderbus.released", "{message}", "Deliveries given back to the broker.", _of_queues("released")),
     _Observed("counter", "orderbus.reconnects", "{connection}", "Times a queue was consumed anew.", _of_queues("reconnects")),
@@ -129,6 +131,7 @@ class Metrics:
         self.records = not type(provider).__module__.startswith("opentelemetry.metrics")
         """Whether an SDK is installed: those of the API itself record nothing."""
         meter = provider.get_meter("orderbus", version("orderbus"))
+        self._lock = threading.Lock()
         self._buses: set[Observable] = set()
         self._ended: dict[str, Counter[frozenset[tuple[str, str | bool]]]] = {}
         """Of each counter what buses have counted that are closed: the last export comes after the last of them."""
@@ -154,22 +157,28 @@ class Metrics:
 
     def forget(self, bus: Observable) -> None:
         """The bus is closed. What it has counted stays counted."""
-        if bus in self._buses:
-            self._buses.discard(bus)
-            for observed in OBSERVED:
-                if observed.kind == "counter":
-                    self._add(observed, bus, self._ended.setdefault(observed.name, Counter()))
+        with self._lock:  # a reader on its own thread would see what is counted here nowhere for a moment, or twice
+            if bus in self._buses:
+                self._buses.discard(bus)
+                for observed in OBSERVED:
+                    if observed.kind == "counter":
+                        self._add(observed, bus, self._ended.setdefault(observed.name, Counter()))
 
     def _read(self, observed: _Observed, _: CallbackOptions) -> Iterable[Observation]:
-        found = Counter(self._ended.get(observed.name, {}))
-        for bus in list(self._buses):
-            self._add(observed, bus, found)
+        with self._lock:
+            found = Counter(self._ended.get(observed.name, {}))
+            for bus in list(self._buses):
+                self._add(observed, bus, found)
         return [Observation(value, dict(attributes)) for attributes, value in found.items()]
 
     @staticmethod
     def _add(observed: _Observed, bus: Observable, to: Counter[frozenset[tuple[str, str | bool]]]) -> None:
         for value, attributes in observed.read(bus):
-            to[frozenset(attributes.items())] += value  # type: ignore[assignment]  # a Counter may count seconds, too
+            key = frozenset(attributes.items())
+            if observed.unit == "s":
+                to[key] = max(to[key], value)  # type: ignore[assignment]  # the age of the oldest, in seconds
+            else:
+                to[key] += int(value)
 
 
 @functools.lru_cache(maxsize=4)

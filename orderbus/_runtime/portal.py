@@ -212,6 +212,9 @@ class PortalSubscription:
             self._crossing = True
             self._portal.soon(self._cross)
 
+    def tried(self, delivery: Incoming) -> None:
+        self._portal.soon(self._inner.tried, delivery)
+
     def _cross(self) -> None:
         self._crossing = False  # first: what is added from here on asks for a crossing of its own
         while self._settled:

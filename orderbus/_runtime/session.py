@@ -309,6 +309,7 @@ class Session:
         counts = self._stats.handlers[handler.consumer]
         work.error = error = bare(error)
         work.yields = False
+        self._subscription.tried(work.incoming)
         if isinstance(error, UnavailableError):
             work.failures += 1
             work.solo = work.solo or work.failures >= SOLO_AFTER
@@ -446,8 +447,9 @@ class Session:
 
     async def _publish(self, leaving: Sequence[tuple[Work, Outgoing]]) -> None:
         try:
-            with self._tracing.leaving(leaving):
+            with self._tracing.leaving(leaving) as told:
                 receipts = await self._env.broker.publish([outgoing for _, outgoing in leaving])
+                told += receipts
         except UnavailableError as error:
             log.warning("queue %s: retries and dead letters can't be published: %s", self._c.queue, error)
             receipts = [Receipt.UNKNOWN] * len(leaving)

@@ -27,6 +27,8 @@ class QueueStats(msgspec.Struct):
     received: int = 0
     released: int = 0
     reconnects: int = 0
+    letters: int = 0
+    """Messages parked, whatever the reason."""
     parked: dict[str, int] = msgspec.field(default_factory=dict)
     """By reason: the first 50 that came up, and `other`."""
 
@@ -34,6 +36,7 @@ class QueueStats(msgspec.Struct):
         if reason not in self.parked and len(self.parked) >= MOST_REASONS:
             reason = "other"
         self.parked[reason] = self.parked.get(reason, 0) + 1
+        self.letters += 1
 
 
 class Stats(msgspec.Struct):

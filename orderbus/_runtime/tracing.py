@@ -7,8 +7,10 @@ docs/telemetry.md lists the spans and their attributes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -17,21 +19,27 @@ from opentelemetry.context import Context, attach
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from orderbus._core.message import Outgoing, Receipt
-from orderbus._core.trace_context import TRACEPARENT, TRACESTATE, TraceHeaders, is_sampled, trace_headers
+from orderbus._core.trace_context import MOST_TRACESTATE, TRACEPARENT, TRACESTATE, TraceHeaders, is_sampled, trace_headers
+
+log = logging.getLogger("orderbus.telemetry")
 
 if TYPE_CHECKING:
     from orderbus._core.work import Work
     from orderbus.abc import OutboxRow
 
-__all__ = ["Tracing", "current_span", "current_trace", "inside", "outside", "spans_of"]
+__all__ = ["CAUSE", "Tracing", "current_span", "current_trace", "inside", "outside", "spans_of"]
 
 Attributes = Mapping[str, str | int | float | bool]
 
 
+CAUSE: ContextVar[TraceHeaders | None] = ContextVar("orderbus.cause", default=None)
+"""The trace of the delivery that is being handled, where no span of it is recorded."""
+
+
 def current_trace() -> TraceHeaders | None:
-    """The context of the span that the caller is in, for the headers of what it sends."""
+    """The context of the span that the caller is in, or of the delivery that it handles, for the headers of what it sends."""
     context = trace.get_current_span().get_span_context()
-    return headers_of(context) if context.is_valid else None
+    return headers_of(context) if context.is_valid else CAUSE.get()
 
 
 def current_span() -> Span | None:
@@ -48,7 +56,9 @@ def outside() -> None:
 def headers_of(context: SpanContext) -> TraceHeaders:
     parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
     state = context.trace_state.to_header() if context.trace_state else ""
-    return {TRACEPARENT: parent, TRACESTATE: state} if state else {TRACEPARENT: parent}
+    if state and len(state) <= MOST_TRACESTATE:  # a longer one would be on every event from here on
+        return {TRACEPARENT: parent, TRACESTATE: state}
+    return {TRACEPARENT: parent}
 
 
 def _remote(headers: TraceHeaders) -> Context:
@@ -82,27 +92,34 @@ class Tracing:
     def begin(self, works: Sequence[Work]) -> None:
         """Give each delivery that is traced its `process` span. To be followed by `end`."""
         for work in works:
-            work.span = None
+            work.span, work.outcome = None, ""
             if work.trace is None:
                 headers = work.incoming.properties.headers
                 work.trace = trace_headers(headers) if headers else None
             if not self.records or (work.trace is not None and not is_sampled(work.trace)):
                 continue
-            span = self._tracer.start_span(
-                f"process {work.route.topic}",
-                _remote(work.trace) if work.trace is not None else Context(),
-                SpanKind.CONSUMER,
-                self._process_attributes(work, len(works)),
-            )
+            try:
+                span = self._tracer.start_span(
+                    f"process {work.route.topic}",
+                    _remote(work.trace) if work.trace is not None else Context(),
+                    SpanKind.CONSUMER,
+                    self._process_attributes(work, len(works)),
+                )
+            except Exception:  # a sampler or processor of the user's: no message suffers for it
+                log.exception("no span can be made")
+                continue
             if span.is_recording():
                 work.span = span
 
     def end(self, works: Sequence[Work], error: BaseException | None = None) -> None:
-        """End their spans; with an error where the whole unit was given up. They stay, as parents of what follows."""
+        """End their spans; with an error where the whole unit was given up. They stay, as parents of what follows.
+
+        A try that was cancelled, and whose delivery goes back, has no outcome.
+        """
         for work in works:
             if work.span is not None and work.span.is_recording():
                 span: Span = work.span
-                failure = error or (None if work.outcome in ("handled", "duplicate") else work.error)
+                failure = error or (work.error if work.outcome in ("retried", "parked", "waits") else None)
                 if failure is not None:
                     _fail(span, failure)
                 if work.outcome:
@@ -249,30 +266,36 @@ class Tracing:
             span.end()
 
     @contextmanager
-    def leaving(self, moved: Sequence[tuple[Work, Outgoing]]) -> Iterator[None]:
-        """Around the publishing of retries and dead letters. They keep the context that they came with: the next try is a sibling."""
+    def leaving(self, moved: Sequence[tuple[Work, Outgoing]]) -> Iterator[list[Receipt]]:
+        """Around the publishing of retries and dead letters. They keep the context that they came with: the next try is a sibling.
+
+        The receipts belong into the list that it gives.
+        """
         begun = [
-            self._tracer.start_span(
-                f"send {outgoing.exchange or outgoing.routing_key}",
-                trace.set_span_in_context(work.span),
-                SpanKind.PRODUCER,
-                {
-                    "messaging.system": self._system,
-                    "messaging.operation.name": "send",
-                    "messaging.operation.type": "send",
-                    "messaging.destination.name": outgoing.exchange or outgoing.routing_key,
-                    "messaging.message.id": outgoing.message_id,
-                    "orderbus.attempt": work.attempt,
-                },
+            (
+                number,
+                self._tracer.start_span(
+                    f"send {outgoing.exchange or outgoing.routing_key}",
+                    trace.set_span_in_context(work.span),
+                    SpanKind.PRODUCER,
+                    {
+                        "messaging.system": self._system,
+                        "messaging.operation.name": "send",
+                        "messaging.operation.type": "send",
+                        "messaging.destination.name": outgoing.exchange or outgoing.routing_key,
+                        "messaging.message.id": outgoing.message_id,
+                        "orderbus.attempt": work.attempt,
+                    },
+                ),
             )
-            for work, outgoing in moved
+            for number, (work, outgoing) in enumerate(moved)
             if work.span is not None
         ]
+        receipts: list[Receipt] = []
         try:
-            yield
+            yield receipts
         finally:
-            for span in begun:
-                span.end()
+            self.sent(begun, receipts or None)
 
 
 def _carrying(message: Outgoing, span: Span) -> Outgoing:

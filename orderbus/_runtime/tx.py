@@ -161,7 +161,8 @@ class Tx:
         self._check_open()
         if self._tracing is None or not self._tracing.records:
             return await self._transaction.execute(sql, params)
-        with self._tracing.database(sql.split(None, 1)[0].upper() if sql.strip() else "EXECUTE", query=sql):
+        words = sql.split(None, 1) if isinstance(sql, str) else ()  # psycopg takes its own composed SQL as well
+        with self._tracing.database(words[0].upper() if words else "EXECUTE", query=sql if words else None):
             return await self._transaction.execute(sql, params)
 
     async def _commit(self, forget: Sequence[InboxEntry] = ()) -> None:

@@ -59,13 +59,13 @@ def run(
     configure(name, levels=log_level, as_json=log_json)
     _check_memory_is_shared(buses)
     backend, options = _backend(loop)
-    try:
-        with exported(name):
+    with exported(name):
+        try:
             anyio.run(_run, buses, log_json, backend=backend, backend_options=options)
-    finally:
-        for bus in buses:
-            if bus.receipt is not None:
-                print_json(_as_line(bus.group, bus.receipt))
+        finally:
+            for bus in buses:
+                if bus.receipt is not None:
+                    print_json(_as_line(bus.group, bus.receipt))
     if not all(bus.receipt is None or bus.receipt.clean for bus in buses):
         raise typer.Exit(ExitCode.UNCLEAN)
 

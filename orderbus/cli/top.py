@@ -225,7 +225,8 @@ async def _live(looking: Looking, every: float, reasons: bool, as_json: bool) ->
     async with looking:
         with contextlib.nullcontext() if as_json else Live(console=console(), screen=True, auto_refresh=False) as live:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(listen)
+                if sys.stdin.isatty():
+                    tasks.start_soon(listen)
                 while True:
                     again = anyio.Event()
                     snapshot = await looking.look(reasons=asked["reasons"])

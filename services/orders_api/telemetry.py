@@ -10,6 +10,7 @@ from typing import Any
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
+METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 DURATIONS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -59,11 +60,12 @@ class Requests:
     def request(self, scope: Any, route: str, watched: Watched) -> Iterator[None]:
         """Around a request that is answered through `watched`. `route` stands for many paths: a label must not grow with ids."""
         began = time.perf_counter()
+        method = scope.method if scope.method in METHODS else "_OTHER"  # any word is a method: a label must not grow with them
         span = self._tracer.start_span(
-            f"{scope.method} {route}",
+            f"{method if method in METHODS else 'HTTP'} {route}",
             propagate.extract(scope.headers, getter=_HEADERS),
             SpanKind.SERVER,
-            {"http.request.method": scope.method, "http.route": route, "url.path": scope.path, "url.scheme": scope.scheme},
+            {"http.request.method": method, "http.route": route, "url.path": scope.path, "url.scheme": scope.scheme},
         )
         try:
             with trace.use_span(span, record_exception=False, set_status_on_exception=False):
@@ -76,7 +78,7 @@ class Requests:
             self._duration.record(
                 time.perf_counter() - began,
                 {
-                    "http.request.method": scope.method,
+                    "http.request.method": method,
                     "http.route": route,
                     "http.response.status_code": watched.status,
                     "url.scheme": scope.scheme,

@@ -86,6 +86,35 @@ def test_what_json_does_not_know_is_shown_as_python_shows_it(capsys: pytest.Capt
     assert (line["thing"], line["bytes"]) == ("{1, 2}", "b'\\xff'")
 
 
+@pytest.mark.parametrize("odd", ["half \ud800", 1 << 70, {1: {(2, 3): 4}}])
+def test_what_json_can_hardly_say_loses_no_line(capsys: pytest.CaptureFixture[str], odd: object) -> None:
+    configure("shop", as_json=True)
+    log.warning("odd", extra={"thing": odd})
+
+    (line,) = lines(capsys)
+
+    assert line["message"] == "odd"
+    assert "thing" in line
+
+
+def test_an_error_is_told_with_its_causes_and_the_members_of_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("shop", as_json=True)
+    try:
+        try:
+            raise KeyError("first")
+        except KeyError as first:
+            raise ExceptionGroup("two went wrong", [ValueError("one"), OSError("other")]) from first
+    except ExceptionGroup:
+        log.exception("failed")
+
+    (line,) = lines(capsys)
+
+    told = str(line["error.stack_trace"])
+    assert line["error.type"] == "ExceptionGroup"
+    for part in ("ExceptionGroup: two went wrong", "ValueError: one", "OSError: other", "KeyError: 'first'"):
+        assert part in told
+
+
 def test_a_storm_is_cut_and_the_next_line_says_how_much(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,27 @@ def test_it_tells_what_flows_and_what_was_parked_and_why(shop: Shop) -> None:
 
 
 @pytest.mark.servers
+def test_without_keys_to_read_it_goes_on_until_it_is_ended(shop: Shop) -> None:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orderbus", "top", shop.project.bus],
+        cwd=shop.project.folder,
+        env={**os.environ, **shop.project.environment, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shop.project.processes.append(process)  # type: ignore[arg-type]
+    try:
+        Screen(master).until("relays hold")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 0
+    finally:
+        os.close(master)
+
+
+@pytest.mark.servers
 def test_at_a_terminal_it_goes_on_until_q_and_shows_reasons_on_r(shop: Shop) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(

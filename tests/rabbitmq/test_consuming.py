@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Sequence
 
 import anyio
 import pytest
 
+from orderbus import Bus, Event, Retry, Settings
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.topology import DELIVERY_LIMIT, Queue, Topology
 from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
@@ -18,6 +20,10 @@ from tests.servers import Rabbit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 ACK, RELEASE, REJECT = Settlement.ACK, Settlement.RELEASE, Settlement.REJECT
+
+
+class Placed(Event, topic=f"orders.{secrets.token_hex(4)}", key="order"):
+    order: str
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +237,70 @@ async def test_a_single_active_consumer_grows_without_losing_its_order(broker: R
                 for subscription in (active, waiting):
                     tasks.start_soon(receive, subscription, tasks.cancel_scope)
         assert seen == list(range(50))
+
+
+async def test_what_was_tried_and_waits_holds_up_nothing_behind_it_after_a_loss(broker: RabbitBroker, place: Place) -> None:
+    queue = Queue(f"{place.queue}.ordered", delivery_limit=DELIVERY_LIMIT, single_active_consumer=True)
+    await broker.apply(Topology(queues=(queue,)))
+    await fill(broker, queue.name, 10)
+    async with broker.subscribe(queue.name, prefetch=10) as lost:
+        await take(lost, 10)
+    async with broker.subscribe(queue.name, prefetch=10) as subscription:
+        (failing,) = await subscription.receive()
+        subscription.tried(failing)
+        subscription.tried(failing)
+        assert sorted(numbers([failing, *await take_all_settling(subscription, 9)])) == list(range(10))
+        subscription.settle(failing, ACK)
+        subscription.tried(failing)  # it is settled: nothing happens
+        await fill(broker, queue.name, 20)
+        held = await take(subscription, 10)
+        with anyio.move_on_after(0.2):
+            pytest.fail(f"{await subscription.receive()} was handed over beyond the prefetch")
+        for delivery in held:
+            subscription.settle(delivery, ACK)
+        await take_all_settling(subscription, 10)
+
+
+async def test_after_a_loss_a_key_that_fails_holds_up_no_other_key(vhost_url: str, rabbit: Rabbit) -> None:
+    handled: list[str] = []
+    more = anyio.Event()
+    group = f"shop-{secrets.token_hex(4)}"
+    bus = Bus(group, settings=Settings(broker_url=vhost_url))
+
+    @bus.on(Placed, ordered=True, guard="none", prefetch=20, retry=Retry.fixed(400, attempts=3))
+    async def take_it(event: Placed) -> None:
+        nonlocal more
+        handled.append(event.order)
+        more.set()
+        more = anyio.Event()
+        if event.order == "fails":
+            raise TimeoutError
+
+    async def reached(count: int) -> None:
+        while len(handled) < count:
+            await more.wait()
+
+    async with bus:
+        await bus.publish(Placed(order="fails"))
+        await reached(1)
+        await have_closed(rabbit, vhost_url, f"{group} (consume)")
+        await reached(2)
+        await bus.publish_many([Placed(order=str(n)) for n in range(5)])
+        await reached(7)
+
+    assert handled[:2] == ["fails", "fails"]
+    assert sorted(handled[2:]) == ["0", "1", "2", "3", "4"]
+
+
+async def test_a_count_that_a_sender_claims_raises_no_doubt(broker: RabbitBroker, place: Place) -> None:
+    queue = Queue(f"{place.queue}.ordered", delivery_limit=DELIVERY_LIMIT, single_active_consumer=True)
+    await broker.apply(Topology(queues=(queue,)))
+    claims = {"x-delivery-count": 1000}
+    await broker.publish([Outgoing("", queue.name, b"%d" % number, "m", "test", headers=claims) for number in range(5)])
+    async with broker.subscribe(queue.name, prefetch=5) as subscription:
+        taken = await take(subscription, 5)
+        assert not any(delivery.redelivered for delivery in taken)
+        assert numbers(taken) == list(range(5))
 
 
 async def test_an_ordered_queue_in_doubt_is_consumed_one_at_a_time_until_a_fresh_message_comes(

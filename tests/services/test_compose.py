@@ -77,12 +77,10 @@ def test_only_servers_and_services_share_the_servers_network() -> None:
 
 
 def test_prometheus_looks_for_the_services_that_there_are() -> None:
-    (job,) = [
-        one
-        for one in yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
-        if "dns_sd_configs" in one
-    ]
-    assert sorted(job["dns_sd_configs"][0]["names"]) == sorted(OURS)
+    config = yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())
+    (job,) = [one for one in config["scrape_configs"] if one["job_name"] == "orderbus"]
+    assert sorted(one["targets"][0] for one in job["static_configs"]) == sorted(f"{name}:9464" for name in OURS)
+    assert all(one["targets"] == [f"{one['labels']['service']}:9464"] for one in job["static_configs"])
 
 
 @pytest.mark.parametrize("script", sorted((COMPOSE / "scripts").glob("*.sh")), ids=lambda path: path.name)

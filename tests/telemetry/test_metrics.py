@@ -95,6 +95,8 @@ async def test_counts_are_those_of_the_bus(world: World, measured: Measured) -> 
 
     assert [handled(outcome) for outcome in ("handled", "duplicate", "failed", "retried", "waited")] == [2, 1, 2, 1, 0]
     assert measured.value("orderbus.parked", orderbus__reason="fraud") == 1
+    assert measured.value("orderbus.dead_letters", messaging__destination__subscription__name="shop.orders.placed") == 1
+    assert measured.value("orderbus.dead_letters", messaging__destination__subscription__name="shop.orders.paid") == 0
     assert measured.value("messaging.client.sent.messages", orderbus__outcome="relayed") == 2
     assert measured.value("messaging.client.sent.messages", orderbus__outcome="published") == 1
     assert measured.value("orderbus.emitted") == 2

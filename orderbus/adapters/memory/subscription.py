@@ -76,6 +76,9 @@ class MemorySubscription:
         if self._event is not None:
             self._queue.notify()
 
+    def tried(self, delivery: Incoming) -> None:
+        """Nothing waits for it: a consumer in this process that is killed takes the queue with it."""
+
     async def pause(self) -> None:
         """Hand over nothing more. Where the queue has a single active consumer, this one stays it until it leaves.
 

@@ -40,6 +40,7 @@ class Pool:
         self._places = asyncio.Semaphore(size)
         self._free: list[Connection] = []
         self._is_closed = False
+        self._metrics = meters()
 
     async def acquire(self) -> Connection:
         """An idle connection. Raises UnavailableError when the server can't be reached, or all places stay taken."""
@@ -52,8 +53,8 @@ class Pool:
                 f"{self.where}: all {self._size} connections stayed in use for {self._acquire_s:g} s; raise pool_size, "
                 "or shorten what handlers do inside their transactions"
             ) from error
-        if (metrics := meters()).records:
-            metrics.connection_wait.record(time.perf_counter() - began, {"db.client.connection.pool.name": self._name})
+        if self._metrics.records:
+            self._metrics.connection_wait.record(time.perf_counter() - began, {"db.client.connection.pool.name": self._name})
         try:
             if self._is_closed:
                 raise UnavailableError(f"{self.where}: the store is closed")

@@ -34,6 +34,10 @@ class Settlements:
         else:
             self._given_back.append(reject(self._channel, tag, requeue=how is Settlement.REJECT))
 
+    def is_open(self, tag: int) -> bool:
+        """Whether a delivery is not settled yet."""
+        return tag > self._floor and tag not in self._settled
+
     def take(self) -> bytes:
         """The frames for everything since the last time."""
         settled = self._settled

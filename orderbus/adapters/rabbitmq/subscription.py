@@ -69,7 +69,7 @@ class Subscription:
         """Deliveries settled since the window last changed."""
         self._is_paused = False
         self._held = 0
-        """Deliveries of this life that were handed over and are not settled."""
+        """Deliveries of this life that were handed over, and are neither settled nor tried."""
         self._life: _Life | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._write: asyncio.Handle | None = None
@@ -112,12 +112,30 @@ class Subscription:
         if life is None or delivery.epoch != life.epoch or life.sink.failure is not None:
             return
         life.settlements.add(delivery.tag, how)
+        if delivery.tag in life.tried:
+            life.tried.discard(delivery.tag)
+        else:
+            self._makes_room()
+        if self._write is None:
+            self._write = asyncio.get_running_loop().call_soon(self._send)
+
+    def tried(self, delivery: Incoming) -> None:
+        """It has come through its first try: what waits behind the window need not wait for it any more.
+
+        Only where order counts: a plain queue was asked for no more than the window, and gives another when this one is settled.
+        """
+        life = self._life
+        if life is None or delivery.epoch != life.epoch or self._wanted <= self._window or delivery.tag in life.tried:
+            return
+        if life.settlements.is_open(delivery.tag):
+            life.tried.add(delivery.tag)
+            self._makes_room()
+
+    def _makes_room(self) -> None:
         if self._held >= self._window:
             self._notify()
         self._held -= 1
         self._proved += 1
-        if self._write is None:
-            self._write = asyncio.get_running_loop().call_soon(self._send)
 
     async def pause(self) -> None:
         """Take no new deliveries. What arrived and was not handed over goes back, but where order counts it stays here.
@@ -245,7 +263,7 @@ class Subscription:
         if not life.is_untouched or self._wanted <= self._window:
             return False
         try:
-            return arrived[0].delivery_count >= DOUBTED_AFTER
+            return arrived[0].redelivered and arrived[0].delivery_count >= DOUBTED_AFTER  # a sender may claim any count
         except MessageError:
             return False
 
@@ -326,6 +344,8 @@ class _Life:
         self.settlements = settlements
         self.epoch = epoch
         self.consumer_tag = ""
+        self.tried: set[int] = set()
+        """Tags of deliveries that are not settled and kill nobody."""
         self.is_untouched = True
         """Nothing has been handed over yet."""
 

@@ -166,6 +166,9 @@ class FaultySubscription:
             return await self._subscription.receive()
         return await suffer(self._victim, decision, self._subscription.receive)
 
+    def tried(self, delivery: Incoming) -> None:
+        self._subscription.tried(delivery)
+
     def settle(self, delivery: Incoming, how: Settlement) -> None:
         decision = self._victim.at("settle")
         self._sent.append((delivery, how))
