@@ -25,7 +25,7 @@ from tests.contract.talk import LIMIT_S, message
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
-SEEDS = range(12)
+SEEDS = range(8)
 OPERATIONS = 40
 KEYS = ("a.1", "a.2.x", "b", "nobody", "lost.1")
 LIMITS = {"left": 2, "right": 3}

@@ -43,7 +43,7 @@ for _role in ("service", "trail", "relay"):
 HEARTBEAT_S = 5
 
 
-@scenario("relay-frozen-beyond-its-lease-then-thawed", quick=True)
+@scenario("relay-frozen-beyond-its-lease-then-thawed")
 def frozen_relay(world: World) -> None:
     """Another one owns its buckets when it wakes up in the middle of what it did: it must not publish or delete behind the other's back."""
     world.begin("service", "trail", "relay", "relay-b")
@@ -70,7 +70,7 @@ def frozen_service(world: World) -> None:
     world.mended()
 
 
-@scenario("services-stopped-under-load-and-started-again", quick=True)
+@scenario("services-stopped-under-load-and-started-again")
 def stopped(world: World) -> None:
     """SIGTERM: each must end with 0, and what it had in hand goes on elsewhere."""
     world.begin("service", "service-b", "trail", "trail-b", "relay", "relay-b")
