@@ -21,6 +21,7 @@ MOST_TRACESTATE = 512
 TraceHeaders = Mapping[str, str]
 """`traceparent`, and `tracestate` where there is one."""
 
+_ODD = frozenset("13579bdf")
 _READABLE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 
@@ -41,5 +42,5 @@ def trace_headers(headers: Headers) -> TraceHeaders | None:
 
 
 def is_sampled(headers: TraceHeaders) -> bool:
-    """Whether the trace is recorded."""
-    return int(headers[TRACEPARENT][-2:], 16) & 1 == 1
+    """Whether the trace is recorded: the lowest bit of the last hex digit."""
+    return headers[TRACEPARENT][-1:] in _ODD

@@ -236,7 +236,8 @@ class Tracing:
         if not self.records:
             return begun
         for n, row in enumerate(rows):
-            if not row.headers or (parent := trace_headers(row.headers)) is None or not is_sampled(parent):
+            headers = row.headers
+            if TRACEPARENT not in headers or not is_sampled(headers) or (parent := trace_headers(headers)) is None:
                 continue
             message = messages[n]
             attributes: dict[str, str | int | float | bool] = {
