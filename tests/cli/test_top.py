@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -113,9 +114,10 @@ def test_without_keys_to_read_it_goes_on_until_it_is_ended(shop: Shop) -> None:
     os.close(slave)
     shop.project.processes.append(process)  # type: ignore[arg-type]
     try:
-        Screen(master).until("relays hold")
+        screen = Screen(master)
+        screen.until("relays hold")
         process.send_signal(signal.SIGINT)
-        assert process.wait(LIMIT_S) == 0
+        assert screen.code_of(process) == 0
     finally:
         os.close(master)
 
@@ -148,7 +150,7 @@ def test_at_a_terminal_it_goes_on_until_q_and_shows_reasons_on_r(shop: Shop) -> 
         os.write(master, b"r")
         screen.until(r"\.dlq: 1 fraud")
         os.write(master, b"q")
-        assert process.wait(LIMIT_S) == 0
+        assert screen.code_of(process) == 0
     finally:
         os.close(master)
 
@@ -160,12 +162,24 @@ class Screen:
         self._fd = fd
         self._text = ""
 
+    def code_of(self, process: subprocess.Popen[Any]) -> int:
+        """Its exit code. A terminal that nobody reads fills up, and then holds up who writes to it."""
+        deadline = time.monotonic() + LIMIT_S
+        while (code := process.poll()) is None:
+            assert time.monotonic() < deadline, self._text[-2_000:]
+            self._read(0.1)
+        return code
+
+    def _read(self, wait_s: float) -> None:
+        if select.select([self._fd], [], [], wait_s)[0]:
+            with contextlib.suppress(OSError):  # the other end is closed
+                self._text += os.read(self._fd, 65_536).decode(errors="replace")
+
     def until(self, pattern: str) -> None:
         deadline = time.monotonic() + LIMIT_S
         while not re.search(pattern, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._text)):
             assert time.monotonic() < deadline, self._text[-2_000:]
-            if select.select([self._fd], [], [], 1.0)[0]:
-                self._text += os.read(self._fd, 65_536).decode(errors="replace")
+            self._read(1.0)
 
 
 # What goes wrong

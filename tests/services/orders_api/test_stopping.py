@@ -126,10 +126,12 @@ async def test_the_process_ends_at_a_signal_and_prints_its_receipt(
             stdout, stderr = await process.communicate()
 
     assert (placed.status_code, process.returncode) == (201, 0), stderr.decode()
-    [receipt] = [json.loads(line) for line in stdout.splitlines()]
+    *logged, receipt = [json.loads(line) for line in stdout.splitlines()]
     assert (receipt["event"], receipt["group"], receipt["clean"]) == ("drained", "orders-api", True)
     assert receipt["stats"]["emitted"] == 1
-    assert all(json.loads(line)["message"] for line in stderr.splitlines())
+    assert stderr == b""
+    assert {line["service.name"] for line in logged} == {"orders-api"}
+    assert all(line["message"] for line in logged)
 
 
 async def _refused(api: Served) -> tuple[bool, object]:
