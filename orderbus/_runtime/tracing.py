@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import msgspec
 from opentelemetry import trace
 from opentelemetry.context import Context, attach
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
@@ -300,17 +301,7 @@ class Tracing:
 
 
 def _carrying(message: Outgoing, span: Span) -> Outgoing:
-    headers = {**message.headers, **headers_of(span.get_span_context())}
-    return Outgoing(
-        exchange=message.exchange,
-        routing_key=message.routing_key,
-        body=message.body,
-        message_id=message.message_id,
-        type=message.type,
-        content_type=message.content_type,
-        timestamp_s=message.timestamp_s,
-        headers=headers,
-    )
+    return msgspec.structs.replace(message, headers={**message.headers, **headers_of(span.get_span_context())})
 
 
 def inside(span: Span) -> AbstractContextManager[Span]:

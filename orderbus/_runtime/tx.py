@@ -99,7 +99,7 @@ class Tx:
         self._encoding = encoding
         self._tracing = tracing
         self._cause: TraceHeaders | None = None
-        """The trace of what is being handled, for what it emits."""
+        """The trace of what is being handled, for the events that its handler returns: they are emitted outside of its span."""
         self._causes: Mapping[str | None, TraceHeaders] = {}
         """In a batch, the traces of its items by their keys."""
         self._deferred: list[Deferred] = []
