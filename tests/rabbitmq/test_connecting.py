@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from random import Random
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
@@ -13,6 +14,7 @@ from orderbus._core.topology import Queue, Topology
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.adapters.rabbitmq.address import parse_address
 from orderbus.errors import UnavailableError, UsageError
+from tests.faults.proxy import Proxy
 from tests.servers import free_port
 
 pytestmark = pytest.mark.anyio
@@ -90,6 +92,17 @@ async def test_a_server_that_is_silent_is_given_up() -> None:
     async with await serve(b"") as server:
         port = server.sockets[0].getsockname()[1]
         assert "no answer within 0.05 s" in await refused(f"amqp://guest:guest@127.0.0.1:{port}/", connect_s=0.05)
+
+
+async def test_a_server_that_hangs_up_is_away_at_whatever_moment_it_does() -> None:
+    proxy = Proxy(free_port(), Random(1))  # in a thread of its own, so the moment differs
+    try:
+        proxy.refuse()
+        for _ in range(100):
+            text = await refused(f"amqp://guest:guest@127.0.0.1:{proxy.port}/")
+            assert f"can't connect to RabbitMQ at amqp://127.0.0.1:{proxy.port}: " in text
+    finally:
+        proxy.close()
 
 
 async def test_a_server_that_speaks_http_is_recognised() -> None:

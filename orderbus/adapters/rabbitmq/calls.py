@@ -16,8 +16,9 @@ T = TypeVar("T")
 GRACE_S = 2.0
 """How long a cancelled call may take to clean up behind itself."""
 
-CALL_ERRORS = (AMQPError, OSError, EOFError, RuntimeError)
-"""What aiormq raises when a call can't be made or fails; its ChannelInvalidStateError is a RuntimeError."""
+CALL_ERRORS = (AMQPError, OSError, EOFError, RuntimeError, StopAsyncIteration)
+"""What aiormq raises when a call can't be made or fails; its ChannelInvalidStateError is a RuntimeError. StopAsyncIteration is its
+reader's word (7.2.4) for a server that has hung up before the handshake's next frame was asked for."""
 
 
 async def within(limit_s: float, call: Coroutine[Any, Any, T], what: str, *, on_giving_up: Callable[[str], None]) -> T:

@@ -165,4 +165,6 @@ def describe(failure: BaseException) -> str:
         return f"{type(failure).__name__}: {' '.join(str(argument) for argument in failure.args)}"
     if isinstance(failure, UnavailableError):
         return str(failure)
+    if isinstance(failure, StopAsyncIteration):
+        return "the server hung up"
     return f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
