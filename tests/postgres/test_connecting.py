@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from orderbus.adapters.postgres import open_store
 from orderbus.adapters.postgres.errors import classify, first_error
@@ -39,6 +41,17 @@ async def test_a_server_that_does_not_answer_is_given_up(silent_port: int) -> No
     with pytest.raises(UnavailableError, match=rf"127\.0\.0\.1:{silent_port}/shop: no answer within 0\.1 s"):
         async with open_store(f"postgresql://ann:hunter2@127.0.0.1:{silent_port}/shop", name="t", connect_s=0.1):
             pass
+
+
+@pytest.mark.servers
+async def test_of_two_hosts_the_one_that_is_there_and_takes_writes_is_used(database_url: str) -> None:
+    there = conninfo_to_dict(database_url)
+    hosts = {"host": f"127.0.0.1,{there['host']}", "port": f"{free_port()},{there.get('port') or 5432}"}
+    url = f"postgresql://?{urlencode({**there, **hosts, 'target_session_attrs': 'read-write'})}"
+    async with open_store(url, name="t") as store:
+        transaction = await store.begin()
+        assert (await transaction.execute("select 1", ()))[0] == [(1,)]
+        await transaction.rollback()
 
 
 @pytest.mark.parametrize(

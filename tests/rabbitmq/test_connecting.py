@@ -12,7 +12,7 @@ import pytest
 from orderbus._core.message import Outgoing, Receipt
 from orderbus._core.topology import Queue, Topology
 from orderbus.adapters.rabbitmq import open_broker
-from orderbus.adapters.rabbitmq.address import parse_address
+from orderbus.adapters.rabbitmq.address import parse_address, parse_addresses
 from orderbus.errors import UnavailableError, UsageError
 from tests.faults.proxy import Proxy
 from tests.servers import free_port
@@ -32,11 +32,15 @@ pytestmark = pytest.mark.anyio
         ("amqp://u:secret@host/?hartbeat=3", "unknown option 'hartbeat'"),
         ("amqp://u:secret@host/?heartbeat=0", "5 to 600"),
         ("amqp://u:secret@host:port/", "can't be read"),
+        ("amqp://u:secret@one,two:port/", "can't be read"),
+        ("amqp://u:secret@one,,two/", "names no host"),
+        ("amqp://one,two/", "lacks user or password"),
+        ("amqp://u:secret@one,two?hartbeat=3", "unknown option 'hartbeat'"),
     ],
 )
 def test_a_wrong_url_is_named_without_its_password(url: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        parse_address(url)
+        parse_addresses(url)
     assert "secret" not in str(caught.value)
 
 
@@ -44,6 +48,13 @@ def test_an_address_is_shown_without_its_password() -> None:
     address = parse_address(f"amqps://user:secret@host/vhost?cafile={__file__}")
     assert (address.shown, address.host, address.port) == ("amqps://host:5671/vhost", "host", 5671)
     assert "secret" not in repr(address)
+
+
+def test_each_of_several_hosts_has_all_else_of_the_url() -> None:
+    first, second, third = parse_addresses("amqp://user:se,cret@one,two:5673,[::1]/v,host?heartbeat=30")
+    assert [(each.host, each.port) for each in (first, second, third)] == [("one", 5672), ("two", 5673), ("::1", 5672)]
+    assert all("user:se,cret@" in each.url and each.url.endswith("/v,host?heartbeat=30") for each in (first, second, third))
+    assert first.shown == "amqp://one:5672/v,host"
 
 
 async def refused(url: str, **limits: float) -> str:
@@ -62,6 +73,41 @@ async def test_a_closed_port_is_named() -> None:
 
 async def test_a_host_that_does_not_exist_is_named() -> None:
     assert "amqp://no-such-host.invalid:5672" in await refused("amqp://guest:guest@no-such-host.invalid/")
+
+
+async def test_of_several_hosts_each_that_is_away_is_named() -> None:
+    ports = [free_port(), free_port()]
+    text = await refused(f"amqp://guest:guest@127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/")
+    assert all(f"amqp://127.0.0.1:{port}" in text for port in ports)
+
+
+@pytest.mark.servers
+async def test_when_a_host_is_lost_another_of_the_url_is_taken(vhost_url: str) -> None:
+    """Two ways to one broker, as a cluster's nodes are: whichever is used is cut, for good."""
+    target = urlsplit(vhost_url)
+    if target.hostname not in ("127.0.0.1", "localhost"):
+        pytest.skip("the proxy passes on to this machine only, and the broker is elsewhere")
+    ways = {proxy.port: proxy for proxy in (Proxy(target.port or 5672, Random(1)), Proxy(target.port or 5672, Random(2)))}
+    hosts = ",".join(f"127.0.0.1:{port}" for port in ways)
+    try:
+        async with open_broker(
+            urlunsplit(target._replace(netloc=f"{target.username}:{target.password}@{hosts}")), name="test"
+        ) as broker:
+            await broker.apply(Topology(queues=(Queue("moves", delivery_limit=1),)))
+            assert await broker.publish([Outgoing("", "moves", b"", "m", "t")]) == [Receipt.CONFIRMED]
+            used = broker._addresses[0].port
+            async with broker.subscribe("moves", prefetch=5) as subscription:
+                await subscription.receive()
+                ways[used].refuse()
+                with pytest.raises(UnavailableError):
+                    await subscription.receive()
+            async with broker.subscribe("moves", prefetch=5) as subscription:
+                assert [delivery.routing_key for delivery in await subscription.receive()] == ["moves"]
+            assert await broker.publish([Outgoing("", "moves", b"", "m", "t")]) == [Receipt.CONFIRMED]
+            assert broker._addresses[0].port != used
+    finally:
+        for proxy in ways.values():
+            proxy.close()
 
 
 @pytest.mark.servers

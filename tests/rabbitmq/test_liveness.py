@@ -46,7 +46,7 @@ async def impatient_broker(url: str) -> AsyncIterator[RabbitBroker]:
     address = parse_address(url)
     short = msgspec.structs.replace(address, url=address.url.replace(f"heartbeat={HEARTBEAT_S}", f"heartbeat={SHORT_S}"))
     assert short != address
-    broker = RabbitBroker(short, "test", CONNECT_S, CONFIRM_S)
+    broker = RabbitBroker([short], "test", CONNECT_S, CONFIRM_S)
     try:
         await broker.open()
         yield broker

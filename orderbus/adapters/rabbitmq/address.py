@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,8 @@ _PORTS = {"amqp": 5672, "amqps": 5671}
 _FILES = ("cafile", "certfile", "keyfile")
 _TLS_OPTIONS = frozenset({*_FILES, "capath", "cadata"})
 _OPTIONS = _TLS_OPTIONS | {"heartbeat"}
+
+_AROUND_THE_HOSTS = re.compile(r"([^/?#]+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
 
 HEARTBEAT_S = 20
 """The default: a peer that fell silent is noticed after about a minute."""
@@ -28,6 +31,18 @@ class Address(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Address({self.shown!r})"
+
+
+def parse_addresses(text: str) -> tuple[Address, ...]:
+    """Check a URL whose host may be several, `amqp://user:password@one,two:5673/vhost`; an address for each, in their order.
+
+    All else in it holds for each of them. Raises UsageError, never showing the password.
+    """
+    split = _AROUND_THE_HOSTS.fullmatch(text)
+    if split is None:
+        return (parse_address(text),)
+    before, hosts, after = split.groups()
+    return tuple(parse_address(f"{before}{host}{after}") for host in hosts.split(","))
 
 
 def parse_address(text: str) -> Address:

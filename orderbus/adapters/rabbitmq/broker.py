@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 
 from orderbus._core.message import Outgoing, Receipt
 from orderbus._core.topology import Topology
-from orderbus.adapters.rabbitmq.address import Address, parse_address
-from orderbus.adapters.rabbitmq.connection import CONNECT_S, Connection
+from orderbus.adapters.rabbitmq.address import Address, parse_addresses
+from orderbus.adapters.rabbitmq.connection import CONNECT_S, Connection, connect_to_one
 from orderbus.adapters.rabbitmq.publisher import CONFIRM_S, Publisher
 from orderbus.adapters.rabbitmq.subscription import Subscription
 from orderbus.adapters.rabbitmq.topology import apply_topology, ready_count
@@ -25,11 +26,14 @@ async def open_broker(
 ) -> AsyncIterator[RabbitBroker]:
     """Connect to RabbitMQ; asyncio only.
 
-    The URL is `amqp[s]://user:password@host[:port][/vhost]`, and `name` is what the broker's listings call the connections.
-    `connect_s` bounds each connecting. A publish whose confirm takes longer than `confirm_s` is reported as unknown. Raises
+    The URL is `amqp[s]://user:password@host[:port][,host[:port]…][/vhost]`, and `name` is what the broker's listings call the
+    connections. Of several hosts, the nodes of one cluster, it begins at a random one; when that is away, the next is tried.
+    `connect_s` bounds each connecting, to each host. A publish whose confirm takes longer than `confirm_s` is reported as unknown. Raises
     UsageError for a URL that can't be right, and UnavailableError, with host and port, where no connection can be had.
     """
-    broker = RabbitBroker(parse_address(url), name, connect_s, confirm_s)
+    addresses = parse_addresses(url)
+    first = random.randrange(len(addresses))  # noqa: S311 - spreads the services over the nodes, and guards nothing
+    broker = RabbitBroker(_beginning_at(first, addresses), name, connect_s, confirm_s)
     try:
         await broker.open()
         yield broker
@@ -44,8 +48,9 @@ class RabbitBroker:
     and settling go on. A connection that was lost is replaced by the next call that needs one; nothing runs in between.
     """
 
-    def __init__(self, address: Address, name: str, connect_s: float, confirm_s: float) -> None:
-        self._address = address
+    def __init__(self, addresses: Sequence[Address], name: str, connect_s: float, confirm_s: float) -> None:
+        self._addresses = addresses
+        """The one that took the last connection stands first."""
         self._name = name
         self._connect_s = connect_s
         self._confirm_s = confirm_s
@@ -115,10 +120,11 @@ class RabbitBroker:
 
     async def depth(self, queue: str) -> int:
         """How many messages are ready in a queue. Raises UsageError where there is no such queue."""
-        ready = await ready_count(await self._consuming_connection(), queue)
+        connection = await self._consuming_connection()
+        ready = await ready_count(connection, queue)
         if ready is None:
             raise UsageError(
-                f"there is no queue {queue!r} at {self._address.shown}; open the bus that consumes it once, and it is declared"
+                f"there is no queue {queue!r} at {connection.address.shown}; open the bus that consumes it once, and it is declared"
             )
         return ready
 
@@ -153,6 +159,10 @@ class RabbitBroker:
     async def _connect(self, purpose: str) -> Connection:
         if self._is_closed:
             raise UsageError("the broker is closed: use it inside its `async with`")
-        connection = Connection(self._address, f"{self._name} ({purpose})")
-        await connection.connect(self._connect_s)
+        connection = await connect_to_one(self._addresses, f"{self._name} ({purpose})", self._connect_s)
+        self._addresses = _beginning_at(self._addresses.index(connection.address), self._addresses)
         return connection
+
+
+def _beginning_at(first: int, addresses: Sequence[Address]) -> Sequence[Address]:
+    return (*addresses[first:], *addresses[:first])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -41,6 +41,24 @@ class _WithoutTraceback(logging.Filter):
 
 
 logging.getLogger("aiormq.connection").addFilter(_WithoutTraceback())
+
+
+async def connect_to_one(addresses: Sequence[Address], name: str, limit_s: float = CONNECT_S) -> Connection:
+    """A connection to the first of the addresses that takes one, each within `limit_s`. Raises UnavailableError that names all."""
+    failures: list[UnavailableError] = []
+    for address in addresses:
+        connection = Connection(address, name)
+        try:
+            await connection.connect(limit_s)
+        except UnavailableError as failure:
+            failures.append(failure)
+        else:
+            if failures:
+                log.warning("connected to %s instead: %s", address.shown, "; ".join(map(str, failures)))
+            return connection
+    if len(failures) == 1:
+        raise failures[0]
+    raise UnavailableError("; ".join(map(str, failures))) from failures[-1]
 
 
 class Connection:

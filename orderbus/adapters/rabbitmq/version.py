@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from orderbus.adapters.rabbitmq.address import parse_address
-from orderbus.adapters.rabbitmq.connection import Connection
+from orderbus.adapters.rabbitmq.address import parse_addresses
+from orderbus.adapters.rabbitmq.connection import connect_to_one
 
 __all__ = ["server_version"]
 
 
 async def server_version(url: str) -> str:
     """Connect, read what the server says of itself, and leave. Raises UnavailableError, naming host and port, and UsageError."""
-    connection = Connection(parse_address(url), "orderbus check")
-    await connection.connect()
+    connection = await connect_to_one(parse_addresses(url), "orderbus check")
     try:
         said = connection._control.server_properties
     finally:
