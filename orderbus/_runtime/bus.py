@@ -322,6 +322,15 @@ class Bus:
         """Whether the bus is closed or has begun to stop; a readiness probe answers no then."""
         return self._stack is None or self._engine is None or self._engine.draining
 
+    @property
+    def consuming(self) -> bool:
+        """Whether each of its queues is consumed at this moment; False also while the bus is closed or stops.
+
+        For a page or a gauge. A lost connection comes back by itself, so don't restart for it; one that fell silent is noticed
+        after three heartbeats.
+        """
+        return self._engine is not None and self._engine.is_consuming
+
     async def drain(self) -> None:
         """Begin the stop and wait until the started work is finished; `async with` does it on leaving."""
         await self._open.drain()

@@ -67,6 +67,8 @@ class Consumer:
         self._stopping = anyio.Event()
         self.consuming = anyio.Event()
         """Set once the queue is consumed for the first time."""
+        self.is_consuming = False
+        """Whether it is consumed now, as far as this side can tell."""
         self.outage = Outage()
         self.finished = 0
         """Deliveries that it is done with: handled, or confirmed to be elsewhere."""
@@ -85,10 +87,13 @@ class Consumer:
                     session = self._session = Session(self, subscription)
                     if self._stopping.is_set():
                         return
+                    self.is_consuming = True
                     self.consuming.set()
                     await session.run()
             except UnavailableError as error:
                 log.warning("queue %s: %s; coming back", self.queue, error)
+            finally:
+                self.is_consuming = False
             if session is not None and session.received:
                 failures = 0
             if self._stopping.is_set():

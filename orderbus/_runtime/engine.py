@@ -286,6 +286,10 @@ class Engine:
 
     # Looking
 
+    @property
+    def is_consuming(self) -> bool:
+        return not self.draining and all(consumer.is_consuming for consumer, _ in self._consumers)
+
     def in_hand(self) -> Iterator[tuple[str, int, int]]:
         """Of each consumed queue, the unsettled deliveries and the most that there may be."""
         for consumer, _ in self._consumers:

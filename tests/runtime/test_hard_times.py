@@ -62,6 +62,35 @@ async def test_coming_back_waits_longer_and_longer_while_it_fails(world: World) 
     assert all(2.5 <= wait <= 5 for wait in log.waits[6:8])
 
 
+async def test_a_bus_consumes_from_its_start_to_its_stop_but_for_the_time_that_a_queue_comes_back(world: World) -> None:
+    bus, log = world.bus(), Log()
+    apply = world.broker.apply
+
+    @bus.on(Placed)
+    async def handle(event: Placed) -> None:
+        pass
+
+    @bus.on(Paid)
+    async def handle_paid(event: Paid) -> None:
+        pass
+
+    async def away(topology: object) -> None:
+        log(bus.consuming)
+        if len(log.lines) < 4:
+            raise UnavailableError("the broker is away")
+        await apply(topology)
+
+    assert not bus.consuming
+    async with bus:
+        assert bus.consuming
+        world.broker.apply = away
+        world.broker.drop_connections()
+        await log.reached(4)
+        await until(lambda: bus.consuming)
+    assert not bus.consuming
+    assert log.lines == [False] * len(log.lines)
+
+
 async def test_a_handler_that_runs_while_the_connection_is_lost_may_finish_and_is_not_repeated(world: World) -> None:
     bus, log = world.bus(), Log()
 
