@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from typing import Any, ClassVar, Literal, dataclass_transform, get_args
+from uuid import UUID
 
 import msgspec
 
+from orderbus._core.ids import uuid_text
 from orderbus._core.shape import unbounded_field
 from orderbus.errors import UsageError
 
@@ -92,6 +94,8 @@ def event_key(event: Event) -> str | None:
     if field is None:
         return None
     value = getattr(event, field)
+    if type(value) is UUID:
+        return uuid_text(value)
     return None if value is None else str(value)
 
 

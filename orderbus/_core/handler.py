@@ -6,6 +6,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -41,8 +42,8 @@ class Options(msgspec.Struct, frozen=True):
     guard: Guard | None = None
 
 
-class Handler(msgspec.Struct, frozen=True):
-    """A handler as its decorator left it."""
+class Handler(msgspec.Struct, frozen=True, dict=True):
+    """A handler as its decorator left it. Its names are asked for at each message, and made once."""
 
     group: str
     function: Callable[..., Any]
@@ -50,11 +51,11 @@ class Handler(msgspec.Struct, frozen=True):
     options: Options
     batch: bool = False
 
-    @property
+    @cached_property
     def topics(self) -> tuple[str, ...]:
         return tuple(event_type(event).topic for event in self.events)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The stable name by which the inbox knows it: its `name=`, else its topic. Renaming the function changes nothing."""
         return self.options.name or self.topics[0]
@@ -65,7 +66,7 @@ class Handler(msgspec.Struct, frozen=True):
         events = " | ".join(_type_name(event) for event in self.events)
         return f"Batch[{events}]" if self.batch else events
 
-    @property
+    @cached_property
     def consumer(self) -> str:
         return f"{self.group}.{self.name}"
 

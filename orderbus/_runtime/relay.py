@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import anyio
 
+from orderbus._core.ids import uuid_text
 from orderbus._core.message import KEY, HeaderValue, Outgoing, Receipt
 from orderbus._core.outbox import Floor, first_per_key, idle_wait_s, stuck_retry_s
 from orderbus._core.policy import backoff_s
@@ -347,7 +348,7 @@ def outgoing_of(row: OutboxRow) -> Outgoing:
         exchange=EVENTS_EXCHANGE,
         routing_key=routing_key(row.topic, row.bucket),
         body=row.body,
-        message_id=str(row.event_id),
+        message_id=uuid_text(row.event_id),
         type=row.topic,
         content_type=row.content_type,
         timestamp_s=(row.event_id.int >> 80) // 1000,

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from orderbus._core.codec import CONTENT_TYPES, Format, encode
 from orderbus._core.event import Event, event_key, event_type
-from orderbus._core.ids import uuid7
+from orderbus._core.ids import uuid7, uuid_text
 from orderbus._core.message import VERSION
 from orderbus._core.signing import SIGNATURE, SigningKeys
 from orderbus._core.topology import bucket_of
@@ -60,12 +60,12 @@ class Encoding:
         if trace is not None:
             headers.update(trace)
         if self.signing is not None:
-            headers[SIGNATURE] = self.signing.sign(kind.topic, str(event_id), key, content_type, body)
+            headers[SIGNATURE] = self.signing.sign(kind.topic, uuid_text(event_id), key, content_type, body)
         return OutboxRow(
             event_id=event_id,
             topic=kind.topic,
             key=key,
-            bucket=bucket_of(key if key is not None else str(event_id)),
+            bucket=bucket_of(key if key is not None else uuid_text(event_id)),
             body=body,
             content_type=content_type,
             headers=headers,
