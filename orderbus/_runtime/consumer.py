@@ -14,9 +14,9 @@ from orderbus._core.delivery import Delivery
 from orderbus._core.policy import backoff_s
 from orderbus._core.topology import QueueNeed, Topology
 from orderbus._core.work import Route
+from orderbus._runtime.accounts import Accounts
 from orderbus._runtime.guard import Guard
 from orderbus._runtime.metrics import Metrics
-from orderbus._runtime.outage import Outage
 from orderbus._runtime.session import Session
 from orderbus._runtime.stats import HandlerStats, QueueStats, Stats
 from orderbus._runtime.tracing import Tracing
@@ -69,7 +69,7 @@ class Consumer:
         """Set once the queue is consumed for the first time."""
         self.is_consuming = False
         """Whether it is consumed now, as far as this side can tell."""
-        self.outage = Outage()
+        self.accounts = Accounts(need.name, env, self.stats)
         self.finished = 0
         """Deliveries that it is done with: handled, or confirmed to be elsewhere."""
         self.owes = False

@@ -7,7 +7,6 @@ unacknowledged and uncounted.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,12 +15,12 @@ import anyio
 
 from orderbus._core.delivery import Delivery, State, Step
 from orderbus._core.handler import ORDERED_RETRY_LIMIT_S
-from orderbus._core.ids import uuid7_time_ms
-from orderbus._core.leaving import error_text, parked_message, retry_message
-from orderbus._core.message import BodyNotKept, Incoming, Outgoing, Receipt, Settlement
+from orderbus._core.leaving import parked_message, retry_message
+from orderbus._core.message import BodyNotKept, Outgoing, Settlement
 from orderbus._core.policy import Again, Parked, backoff_s, bare, decide
 from orderbus._core.work import AnyOrder, KeyOrder, Work
-from orderbus._runtime.guard import HANDLED, Guard, delivery_of
+from orderbus._runtime.guard import Guard, delivery_of
+from orderbus._runtime.leaving import Leaving
 from orderbus.abc import Subscription
 from orderbus.errors import MessageError, TransientError, UnavailableError, UsageError
 
@@ -34,7 +33,6 @@ LOST_SESSION_GRACE_S = 5.0
 """After a lost connection, running handlers get this long to commit (their redelivery is then a duplicate)."""
 SOLO_AFTER = 3
 """A unit that failed this often for want of a server is taken apart: one member may be what drives it away."""
-PUBLISH_TRIES = 10
 PACE = 2.0
 SHORTEST_PACE_S, LONGEST_PACE_S = 0.005, 0.05
 """A busy worker waits `PACE` times as long as its last unit took before it begins one that is not full, within these bounds: the
@@ -55,10 +53,8 @@ class Session:
     def __init__(self, consumer: Consumer, subscription: Subscription) -> None:
         self._c = consumer
         self._env = consumer.env
-        self._stats = consumer.env.stats
-        self._queue_stats = consumer.stats
+        self._accounts = consumer.accounts
         self._tracing = consumer.env.tracing
-        self._metrics = consumer.env.metrics
         self._subscription = subscription
         self._intake = KeyOrder(max(consumer.prefetch // 2, 1)) if consumer.ordered else AnyOrder()
         self._idle: deque[anyio.Event] = deque()
@@ -68,11 +64,10 @@ class Session:
         self._closed = False
         self._closing = anyio.Event()
         self._lost = False
-        self._leaving: list[tuple[Work, Outgoing]] = []
-        self._refused: list[tuple[float, Work, Outgoing]] = []
-        self._leaving_changed = anyio.Event()
-        self._workers_are_gone = False
-        self.running = 0
+        self._leaving = Leaving(
+            consumer.queue, consumer.env, consumer.accounts, settle=self._settle_left, give_back=self._give_back
+        )
+        self._begun = 0
         self.in_hand = 0
         self.received = False
 
@@ -83,7 +78,7 @@ class Session:
             tasks.start_soon(self._timer)
             with self._working:
                 async with anyio.create_task_group() as leaving:
-                    leaving.start_soon(self._leave)
+                    leaving.start_soon(self._leaving.run)
                     async with anyio.create_task_group() as workers:
                         for _ in range(self._c.concurrency):
                             workers.start_soon(self._worker)
@@ -92,17 +87,21 @@ class Session:
                                 await self._receive()
                         except UnavailableError as error:
                             lost = error
-                            self._lost = True
+                            self._lose()
                             self._working.deadline = anyio.current_time() + LOST_SESSION_GRACE_S
                         await self._close()
-                    self._workers_are_gone = True
-                    self._leaving_changed.set()
+                    self._leaving.complete()
             tasks.cancel_scope.cancel()
         if lost is not None:
             raise lost
         with anyio.move_on_after(LOST_SESSION_GRACE_S, shield=True):
             await self._subscription.flush()
             self._c.owes = False
+
+    @property
+    def running(self) -> int:
+        """Deliveries that are begun, or on their way out."""
+        return self._begun + self._leaving.count
 
     def stop(self) -> None:
         self._receiving.cancel()
@@ -114,8 +113,7 @@ class Session:
         while True:
             deliveries = await self._subscription.receive()
             self.received = True
-            self._stats.received += len(deliveries)
-            self._queue_stats.received += len(deliveries)
+            self._accounts.received(len(deliveries))
             self.in_hand += len(deliveries)
             self._intake.add([Work(incoming) for incoming in deliveries])
             self._wake_workers()
@@ -130,11 +128,15 @@ class Session:
                 await self._subscription.pause()
             except UnavailableError as error:
                 log.warning("queue %s: %s; what has not begun goes back by itself", self._c.queue, error)
-                self._lost = True
+                self._lose()
         for work in self._intake.drain():
             self._give_back(work)
         for event in self._idle:
             event.set()
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._leaving.lose()
 
     # Workers
 
@@ -153,7 +155,7 @@ class Session:
                 self._idle.append(event)
                 await event.wait()
                 continue
-            self.running += len(unit)
+            self._begun += len(unit)
             began = anyio.current_time()
             try:
                 await self._unit(unit)
@@ -163,7 +165,7 @@ class Session:
                         self._give_back(work)
                 raise
             finally:
-                self.running -= len(unit)
+                self._begun -= len(unit)
             ended = anyio.current_time()
             next_at = ended + min(max(PACE * (ended - began), SHORTEST_PACE_S), LONGEST_PACE_S)
 
@@ -200,13 +202,7 @@ class Session:
                 if not work.solo:
                     work.read(self._c.routes, now_s=now, window_s=self._env.window_s)
             except BodyNotKept as error:
-                log.error(
-                    "queue %s: a message is rejected into the dead letters: %s",
-                    self._c.queue,
-                    error,
-                    extra=self._about(work, error, error.reason),
-                )
-                self._count_parked(error.reason)
+                self._accounts.rejected(work, error)
                 work.take(Step.LEAVE)
                 self._settle(work, Step.DEAD_LETTER)
                 continue
@@ -220,11 +216,7 @@ class Session:
         for guard, works in self._by_guard(readable):
             await self._attempt(guard, works, leaving)
         if leaving:
-            for work, _ in leaving:
-                work.take(Step.LEAVE)
-            self.running += len(leaving)
-            self._leaving += leaving
-            self._leaving_changed.set()
+            self._leaving.add(leaving)
         self._wake_workers()
 
     def _by_guard(self, works: Sequence[Work]) -> list[tuple[Guard, list[Work]]]:
@@ -238,7 +230,7 @@ class Session:
 
     async def _attempt(self, guard: Guard, works: Sequence[Work], leaving: list[tuple[Work, Outgoing]]) -> None:
         self._tracing.begin(works)
-        began = anyio.current_time() if self._metrics.records else 0.0
+        began = self._accounts.began()
         try:
             try:
                 outcomes = await self._guarded(guard, works)
@@ -250,40 +242,20 @@ class Session:
                         await self._attempt(guard, [work], leaving)
                     return
                 outcomes = [error] * len(works)
-            if self._metrics.records:
-                self._measure(works, outcomes, anyio.current_time() - began)
+            self._accounts.measure(works, outcomes, began)
             self._conclude(works, outcomes, leaving)
         finally:
             self._tracing.end(works)
         self._env.wake_relay()
 
-    def _measure(self, works: Sequence[Work], outcomes: Sequence[str | Exception], took_s: float) -> None:
-        attributes = {"orderbus.consumer": works[0].route.handler.consumer}
-        failed = next((bare(outcome) for outcome in outcomes if isinstance(outcome, Exception)), None)
-        if failed is not None:
-            self._metrics.process_duration.record(took_s, {**attributes, "error.type": type(failed).__name__})
-        else:
-            self._metrics.process_duration.record(took_s, attributes)
-        made = [uuid7_time_ms(work.id) for work, outcome in zip(works, outcomes, strict=True) if outcome is HANDLED]
-        if oldest_ms := min((ms for ms in made if ms is not None), default=None):
-            self._metrics.lag.record(max(self._env.clock() - oldest_ms / 1000, 0.0), attributes)
-
     def _conclude(self, works: Sequence[Work], outcomes: Sequence[str | Exception], leaving: list[tuple[Work, Outgoing]]) -> None:
-        counts = self._stats.handlers[works[0].route.handler.consumer]
-        if outcomes[0] is HANDLED:
-            self._c.outage.passed(works[0].route.handler.consumer)
+        self._accounts.succeeded(works, outcomes)
         for work, outcome in zip(works, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 self._failed(work, outcome, leaving)
-                continue
-            if outcome is HANDLED:
-                self._stats.handled += 1
-                counts.handled += 1
             else:
-                self._stats.duplicates += 1
-                counts.duplicate += 1
-            work.outcome = outcome
-            self._settle(work, Step.FINISH)
+                work.outcome = outcome
+                self._settle(work, Step.FINISH)
 
     async def _guarded(self, guard: Guard, works: Sequence[Work]) -> list[str | Exception]:
         if not self._env.middleware:
@@ -305,48 +277,26 @@ class Session:
         return outcomes
 
     def _failed(self, work: Work, error: Exception, leaving: list[tuple[Work, Outgoing]]) -> None:
-        handler = work.route.handler
-        counts = self._stats.handlers[handler.consumer]
         work.error = error = bare(error)
         work.yields = False
         self._subscription.tried(work.incoming)
         if isinstance(error, UnavailableError):
             work.failures += 1
             work.solo = work.solo or work.failures >= SOLO_AFTER
-            self._stats.waited += 1
-            counts.waited += 1
             work.outcome = "waits"
             delay_s = 0.0 if isinstance(error, TransientError) else backoff_s(work.failures, jitter=self._env.rng.random())
-            if isinstance(error, TransientError):
-                log.warning(
-                    "%s: event %s: %s; again at once", handler.consumer, work.id, _brief(error), extra=self._about(work, error)
-                )
-            else:
-                self._c.outage.met(handler.consumer, work.id, _brief(error), delay_s)
+            self._accounts.waits(work, error, delay_s)
             self._wait(work, delay_s)
             return
-        self._stats.failed += 1
-        counts.failed += 1
-        decision = decide(handler.options.retry, error, work.attempt)
+        self._accounts.failed(work)
+        decision = decide(work.route.handler.options.retry, error, work.attempt)
         if work.first_failed_at is None:
             work.first_failed_at = self._env.clock()
         work.outcome = "parked" if isinstance(decision, Parked) else "retried"
         if isinstance(decision, Parked):
             leaving.append(self._park(work, decision.reason, error))
             return
-        if decision.counted:
-            self._stats.retried += 1
-            counts.retried += 1
-        if log.isEnabledFor(logging.INFO):
-            log.info(
-                "%s: event %s: try %d: %s: again in %g s",
-                handler.consumer,
-                work.id,
-                work.attempt,
-                _brief(error),
-                decision.delay_s,
-                extra=self._about(work, error),
-            )
+        self._accounts.retried(work, error, decision)
         if self._c.ordered or decision.in_process:
             self._wait_again(work, decision)
         else:
@@ -381,9 +331,12 @@ class Session:
         self._c.finished += taken is Step.FINISH
         self._intake.done(work)
 
+    def _settle_left(self, work: Work, taken: Step) -> None:
+        self._settle(work, taken)
+        self._wake_workers()
+
     def _give_back(self, work: Work) -> None:
-        self._stats.released += 1
-        self._queue_stats.released += 1
+        self._accounts.released()
         self.in_hand -= 1
         work.take(Step.GIVE_BACK)
         if not self._c.ordered:
@@ -391,102 +344,12 @@ class Session:
             self._c.owes = True
 
     def _park(self, work: Work, reason: str, error: Exception | None) -> tuple[Work, Outgoing]:
+        self._accounts.parked(work, reason, error)
         read = work if work.route is not None else None
-        log.error(
-            "queue %s: message %s parked: %s: %s",
-            self._c.queue,
-            _name(work.incoming),
-            reason,
-            _brief(error),
-            extra=self._about(work, error, reason),
-        )
-        self._count_parked(reason)
         return work, parked_message(work.incoming, reason, error, work=read, now_s=self._env.clock())
-
-    def _about(self, work: Work, error: BaseException | None = None, reason: str | None = None) -> dict[str, str]:
-        """For whoever searches the log, by the names of the Elastic Common Schema where it has one. No key: it may be a person."""
-        about = {"orderbus.queue": self._c.queue}
-        if work.id is not None:
-            about["event.id"] = str(work.id)
-        if work.route is not None:
-            about["orderbus.consumer"] = work.route.handler.consumer
-        if error is not None:
-            about["error.type"] = type(error).__name__
-        if reason is not None:
-            about["event.reason"] = reason
-        return about | self._tracing.ids(work)
-
-    def _count_parked(self, reason: str) -> None:
-        self._stats.parked += 1
-        self._queue_stats.count_parked(reason)
 
     def _later(self, work: Work, delay_s: float, *, counted: bool) -> tuple[Work, Outgoing]:
         return work, retry_message(work, delay_s, counted=counted, now_s=self._env.clock())
-
-    async def _leave(self) -> None:
-        """Publish what leaves, and acknowledge what is confirmed. What can't be published stays here and is tried again.
-
-        It does so beside the workers: while an alarm keeps all publishes back, consuming goes on, for that may be what ends it.
-        """
-        try:
-            while not self._lost and not (self._workers_are_gone and not self._leaving and not self._refused):
-                now = anyio.current_time()
-                batch = self._leaving + [(work, outgoing) for due, work, outgoing in self._refused if due <= now]
-                if batch:
-                    self._leaving = []
-                    self._refused = [one for one in self._refused if one[0] > now]
-                    await self._publish(batch)
-                    self._wake_workers()
-                    continue
-                self._leaving_changed = anyio.Event()
-                with anyio.move_on_after(min((due for due, _, _ in self._refused), default=math.inf) - now):
-                    await self._leaving_changed.wait()
-        finally:
-            for work in (*(work for work, _ in self._leaving), *(work for _, work, _ in self._refused)):
-                self._give_back(work)
-
-    async def _publish(self, leaving: Sequence[tuple[Work, Outgoing]]) -> None:
-        try:
-            with self._tracing.leaving(leaving) as told:
-                receipts = await self._env.broker.publish([outgoing for _, outgoing in leaving])
-                told += receipts
-        except UnavailableError as error:
-            log.warning("queue %s: retries and dead letters can't be published: %s", self._c.queue, error)
-            receipts = [Receipt.UNKNOWN] * len(leaving)
-        except BaseException:
-            self._leaving = [*leaving, *self._leaving]
-            raise
-        for (work, outgoing), receipt in zip(leaving, receipts, strict=True):
-            if receipt is Receipt.CONFIRMED:
-                self.running -= 1
-                self._settle(work, Step.FINISH)
-            else:
-                self._refuse(work, outgoing)
-        if not self._lost and any(receipt in (Receipt.UNROUTABLE, Receipt.UNKNOWN) for receipt in receipts):
-            await self._reapply()
-
-    def _refuse(self, work: Work, outgoing: Outgoing) -> None:
-        work.refusals += 1
-        if work.refusals < PUBLISH_TRIES:
-            due = anyio.current_time() + backoff_s(work.refusals, jitter=self._env.rng.random())
-            self._refused.append((due, work, outgoing))
-            return
-        log.error(
-            "queue %s: message %s can't be moved to %s",
-            self._c.queue,
-            _name(work.incoming),
-            outgoing.routing_key,
-            extra=self._about(work),
-        )
-        self.running -= 1
-        self._settle(work, Step.REJECT)
-
-    async def _reapply(self) -> None:
-        """Somebody deleted the queue that it should go to: declare it again."""
-        try:
-            await self._env.broker.apply(self._env.topology)
-        except UnavailableError as error:
-            log.warning("queue %s: the topology can't be applied: %s", self._c.queue, error)
 
 
 def _around(
@@ -496,19 +359,3 @@ def _around(
         await middleware(deliveries, call)
 
     return around
-
-
-def _name(incoming: Incoming) -> str:
-    try:
-        return incoming.properties.message_id or "without an id"
-    except MessageError:
-        return "with unreadable properties"
-
-
-def _brief(error: BaseException | None) -> str:
-    """For the log; the dead letter has the whole text. A MessageError quotes the body, and PostgreSQL a row's values from line 2 on."""
-    if error is None:
-        return ""
-    if isinstance(error, MessageError):
-        return "its dead letter says what is wrong"
-    return f"{type(error).__name__}: {error_text(error).partition(chr(10))[0][:200]}"

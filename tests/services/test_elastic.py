@@ -90,7 +90,7 @@ def attributes_of_spans() -> set[str]:
 
 
 def test_a_log_line_has_the_fields_that_are_named_here() -> None:
-    text = (ROOT / "orderbus" / "logs.py").read_text() + (ROOT / "orderbus" / "_runtime" / "session.py").read_text()
+    text = (ROOT / "orderbus" / "logs.py").read_text() + (ROOT / "orderbus" / "_runtime" / "accounts.py").read_text()
     assert {name for name in OF_LOGS if f'"{name}"' not in text} == set()
 
 
