@@ -19,6 +19,7 @@ from orderbus._core.handler import ORDERED_RETRY_LIMIT_S
 from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.leaving import error_text, parked_message, retry_message
 from orderbus._core.message import BodyNotKept, Incoming, Outgoing, Receipt, Settlement
+from orderbus._core.naming import place_of
 from orderbus._core.policy import Again, Parked, backoff_s, bare, decide
 from orderbus._core.work import AnyOrder, KeyOrder, Work
 from orderbus._runtime.guard import HANDLED, Guard, delivery_of
@@ -301,7 +302,11 @@ class Session:
             call = _around(middleware, deliveries, call)
         await call()
         if not outcomes:
-            raise UsageError("a middleware returned without having called `call_next`")
+            places = ", ".join(place_of(middleware) for middleware in self._env.middleware)
+            raise UsageError(
+                f"a middleware of {places} returned without having called `call_next`; await call_next() in it, or raise",
+                code="OB414",
+            )
         return outcomes
 
     def _failed(self, work: Work, error: Exception, leaving: list[tuple[Work, Outgoing]]) -> None:

@@ -101,7 +101,9 @@ class RabbitBroker:
         Raises UnavailableError, naming the queue, where it does not exist.
         """
         if not 1 <= prefetch <= MAX_PREFETCH:
-            raise UsageError(f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all")
+            raise UsageError(
+                f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all", code="OB507"
+            )
         connection = await self._consuming_connection()
         keeps_order = queue not in self._plain_queues
         subscription = Subscription(
@@ -118,7 +120,8 @@ class RabbitBroker:
         ready = await ready_count(await self._consuming_connection(), queue)
         if ready is None:
             raise UsageError(
-                f"there is no queue {queue!r} at {self._address.shown}; open the bus that consumes it once, and it is declared"
+                f"there is no queue {queue!r} at {self._address.shown}; open the bus that consumes it once, and it is declared",
+                code="OB505",
             )
         return ready
 
@@ -152,7 +155,7 @@ class RabbitBroker:
 
     async def _connect(self, purpose: str) -> Connection:
         if self._is_closed:
-            raise UsageError("the broker is closed: use it inside its `async with`")
+            raise UsageError("the broker is closed: use it inside its `async with`", code="OB412")
         connection = Connection(self._address, f"{self._name} ({purpose})")
         await connection.connect(self._connect_s)
         return connection
