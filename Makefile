@@ -56,6 +56,14 @@ $(VENV)/.bench-ready: $(VENV)/.ready pyproject.toml
 .PHONY: bench-setup
 bench-setup: $(VENV)/.bench-ready ## Install the peers that the bench compares with
 
+$(VENV)/.docs-ready: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --group docs
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs-ready ## The docs as a site in build/site; a broken link fails
+	$(BIN)/python docs/build.py
+
 .PHONY: fuzz
 fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))

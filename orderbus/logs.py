@@ -67,7 +67,8 @@ def levels_of(text: str) -> dict[str, int]:
         if level.lower() not in LEVELS or (equals and not name):
             raise UsageError(
                 f"log levels {text!r}: {part.strip()!r} must be one of {', '.join(LEVELS)}, or logger=level; "
-                "for example info,orderbus.relay=debug"
+                "for example info,orderbus.relay=debug",
+                code="OB109",
             )
         found[name] = LEVELS[level.lower()]
     return found

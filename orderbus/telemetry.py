@@ -61,7 +61,9 @@ def exported(service: str) -> Iterator[None]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         wanted = next(name for name in (*ENDPOINTS, METRICS_EXPORTER) if os.environ.get(name))
-        raise UsageError(f"{wanted} is set, but the SDK is not installed ({error.name}): pip install 'orderbus[otel]'") from error
+        raise UsageError(
+            f"{wanted} is set, but the SDK is not installed ({error.name}): pip install 'orderbus[otel]'", code="OB108"
+        ) from error
     resource = Resource.create({} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service})
     with _quiet_exporters():
         tracers, meters = None, None
@@ -93,7 +95,7 @@ def _prometheus(environment: Mapping[str, str]) -> Iterator[Any]:
         from prometheus_client import start_http_server
     except ImportError as error:
         raise UsageError(
-            f"{METRICS_EXPORTER}=prometheus, but {error.name} is not installed: pip install 'orderbus[otel]'"
+            f"{METRICS_EXPORTER}=prometheus, but {error.name} is not installed: pip install 'orderbus[otel]'", code="OB108"
         ) from error
     host = environment.get("OTEL_EXPORTER_PROMETHEUS_HOST", "").strip() or "localhost"
     port = environment.get("OTEL_EXPORTER_PROMETHEUS_PORT", "").strip() or "9464"
@@ -102,7 +104,8 @@ def _prometheus(environment: Mapping[str, str]) -> Iterator[Any]:
         server, thread = start_http_server(int(port), host)
     except (OSError, OverflowError, ValueError) as error:
         raise UsageError(
-            f"the metrics can't be served at {host}:{port}: {error}; set OTEL_EXPORTER_PROMETHEUS_HOST and OTEL_EXPORTER_PROMETHEUS_PORT"
+            f"the metrics can't be served at {host}:{port}: {error}; set OTEL_EXPORTER_PROMETHEUS_HOST and OTEL_EXPORTER_PROMETHEUS_PORT",
+            code="OB111",
         ) from error
     log.info("metrics are served at http://%s:%s/metrics", host, port)
     try:
@@ -164,7 +167,7 @@ def _check(environment: Mapping[str, str]) -> None:
             known = "otlp, prometheus or none" if signal == "METRICS" else "otlp or none"
             mistakes.append(f"OTEL_{signal}_EXPORTER={value[:40]}: must be {known}")
     if mistakes:
-        raise UsageError("\n".join(mistakes))
+        raise UsageError("\n".join(mistakes), code="OB110")
 
 
 class _OnceAMinute(logging.Handler):

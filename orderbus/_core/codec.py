@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from orderbus._core.event import Event
+from orderbus._core.event import Event, event_place
 from orderbus._core.message import JSON, MSGPACK
 from orderbus.errors import MessageError, UsageError
 
@@ -26,11 +26,12 @@ def encode(event: Event, form: Format = "json", *, limit_bytes: int) -> bytes:
     try:
         body = _json_encoder.encode(event) if form == "json" else _msgpack_encoder.encode(event)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"event {type(event).__name__} can't be encoded as {form}: {error}") from error
+        raise UsageError(f"{event_place(event)} can't be encoded as {form}: {error}", code="OB209") from error
     if len(body) > limit_bytes:
         raise UsageError(
-            f"event {type(event).__name__} is {len(body)} bytes, more than the limit of {limit_bytes} "
-            f"(ORDERBUS_MAX_BODY_BYTES); send a reference to the data instead"
+            f"{event_place(event)} is {len(body)} bytes, more than the limit of {limit_bytes} "
+            f"(ORDERBUS_MAX_BODY_BYTES); send a reference to the data instead",
+            code="OB210",
         )
     return body
 
@@ -47,7 +48,7 @@ class BodyDecoder:
             self._json = msgspec.json.Decoder(cls)
             self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(cls)
         except TypeError as error:
-            raise UsageError(f"event class {cls.__name__}: its fields can't be read from a message: {error}") from error
+            raise UsageError(f"{event_place(cls)}: its fields can't be read from a message: {error}", code="OB208") from error
 
     def decode(self, body: bytes, content_type: str | None) -> Any:
         """The event in a body. Unknown fields are ignored, and so is a newer version whose known fields still decode.

@@ -23,4 +23,4 @@ def columns(rows: Iterable[Sequence[Any]]) -> list[Column]:
     try:
         return [Column(values) for values in zip(*rows, strict=True)]
     except ValueError:
-        raise UsageError("columns: the rows are not of one length") from None
+        raise UsageError("columns: the rows are not of one length", code="OB415") from None

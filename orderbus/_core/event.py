@@ -9,6 +9,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus._core.ids import uuid_text
+from orderbus._core.naming import line_of_caller, nearest
 from orderbus._core.shape import unbounded_field
 from orderbus.errors import UsageError
 
@@ -42,17 +43,24 @@ class EventMeta(msgspec.StructMeta):
         unrouted: Unrouted = "keep",
         **struct_options: Any,
     ) -> Any:
+        line = line_of_caller(1)
         if struct_options.setdefault("frozen", True) is not True:
-            raise UsageError(f"event class {name}: an event is a fact, so it can't be changed; drop frozen=False")
+            raise UsageError(
+                f"event class {name} ({line}): an event is a fact, so it can't be changed; drop frozen=False", code="OB207"
+            )
         struct_options.setdefault("kw_only", True)  # msgspec does not inherit it
         cls = super().__new__(mcls, name, bases, namespace, **struct_options)
+        setattr(cls, "__defined_at__", line)  # noqa: B010 - the metaclass has no such attribute, its classes do
         if topic is None:
             if key is not None or version != 1 or unrouted != "keep":
-                raise UsageError(f'event class {name}: key, version and unrouted need a topic; write topic="…" beside them')
+                raise UsageError(
+                    f'event class {name} ({line}): key, version and unrouted need a topic; write topic="…" beside them',
+                    code="OB202",
+                )
             return cls
         declared = EventType(topic, key, version, unrouted)
-        setattr(cls, "__event_type__", declared)  # noqa: B010 - the metaclass has no such attribute, its classes do
-        _check_arguments(name, cls, declared)
+        setattr(cls, "__event_type__", declared)  # noqa: B010
+        _check_arguments(cls, declared)
         return cls
 
 
@@ -73,19 +81,27 @@ class Event(msgspec.Struct, metaclass=EventMeta, frozen=True, kw_only=True):
     """
 
     __event_type__: ClassVar[EventType]
+    __defined_at__: ClassVar[str]
 
 
 def event_type(cls: type[Event]) -> EventType:
     """The topic, key and version of an event class; UsageError for a class that declares none, or is no event."""
     if not (isinstance(cls, type) and issubclass(cls, Event)):
-        raise UsageError(f"{cls!r} is not an event class; derive it from orderbus.Event")
+        raise UsageError(f"{cls!r} is not an event class; derive it from orderbus.Event", code="OB201")
     declared: EventType | None = getattr(cls, "__event_type__", None)
     if declared is None:
-        raise UsageError(f'event class {cls.__name__} has no topic; write class {cls.__name__}(Event, topic="…")')
+        raise UsageError(f'{event_place(cls)} has no topic; write class {cls.__name__}(Event, topic="…")', code="OB202")
     if "__checked__" not in cls.__dict__:
         _refuse_memory_bombs(cls)
         cls.__checked__ = True  # type: ignore[attr-defined]
     return declared
+
+
+def event_place(event: Event | type) -> str:
+    """The name, file and line of an event class, or those of an event's class, for errors."""
+    if isinstance(event, type):
+        return f"event class {event.__name__} ({event.__defined_at__})"  # type: ignore[attr-defined]
+    return f"event {type(event).__name__} ({event.__defined_at__})"
 
 
 def event_key(event: Event) -> str | None:
@@ -99,19 +115,23 @@ def event_key(event: Event) -> str | None:
     return None if value is None else str(value)
 
 
-def _check_arguments(name: str, cls: type, declared: EventType) -> None:
+def _check_arguments(cls: type, declared: EventType) -> None:
+    place = event_place(cls)
     if not TOPIC.fullmatch(declared.topic) or len(declared.topic) > TOPIC_MAX_BYTES:
         raise UsageError(
-            f"event class {name}: topic {declared.topic!r} must be dotted lower-case words such as "
-            f'"orders.placed", at most {TOPIC_MAX_BYTES} bytes'
+            f"{place}: topic {declared.topic!r} must be dotted lower-case words such as "
+            f'"orders.placed", at most {TOPIC_MAX_BYTES} bytes',
+            code="OB203",
         )
     fields = cls.__struct_fields__  # type: ignore[attr-defined]
     if declared.key is not None and declared.key not in fields:
-        raise UsageError(f"event class {name}: key {declared.key!r} is not one of its fields ({', '.join(fields)})")
+        near = nearest(declared.key, fields)
+        meant = f'; did you mean key="{near}"?' if near else ""
+        raise UsageError(f"{place}: key {declared.key!r} is not one of its fields ({', '.join(fields)}){meant}", code="OB204")
     if not isinstance(declared.version, int) or declared.version < 1:
-        raise UsageError(f"event class {name}: version must be a whole number of at least 1, not {declared.version!r}")
+        raise UsageError(f"{place}: version must be a whole number of at least 1, not {declared.version!r}", code="OB205")
     if declared.unrouted not in get_args(Unrouted):
-        raise UsageError(f'event class {name}: unrouted must be "keep" or "drop", not {declared.unrouted!r}')
+        raise UsageError(f'{place}: unrouted must be "keep" or "drop", not {declared.unrouted!r}', code="OB205")
     try:
         _refuse_memory_bombs(cls)
     except NameError:
@@ -123,6 +143,7 @@ def _refuse_memory_bombs(cls: type) -> None:
     found = unbounded_field(cls)
     if found is not None:
         raise UsageError(
-            f"event class {cls.__name__}: field {found[0]!r} may hold anything ({found[1]}), and so a memory bomb; "
-            f"give it a definite type, such as list[str], dict[str, int], a Struct, or msgspec.Raw for bytes kept as they are"
+            f"{event_place(cls)}: field {found[0]!r} may hold anything ({found[1]}), and so a memory bomb; "
+            f"give it a definite type, such as list[str], dict[str, int], a Struct, or msgspec.Raw for bytes kept as they are",
+            code="OB206",
         )

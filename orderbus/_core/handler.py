@@ -14,6 +14,7 @@ import msgspec
 
 from orderbus._core.delivery import Batch, Delivery
 from orderbus._core.event import Event, event_type
+from orderbus._core.naming import place_of
 from orderbus._core.policy import Retry
 from orderbus._core.topology import QueueNeed
 from orderbus.errors import UsageError
@@ -114,41 +115,56 @@ def check_options(handler: Handler) -> None:
     _check_async(handler)
     for event in handler.events:
         if not (isinstance(event, type) and issubclass(event, Event)):
-            raise UsageError(f"{handler.place}: is registered for {event!r}, which is no event class; derive it from Event")
+            raise UsageError(
+                f"{handler.place}: is registered for {event!r}, which is no event class; derive it from Event", code="OB201"
+            )
     topics = handler.topics  # raises UsageError for an event without a topic
     if len(set(topics)) < len(topics):
-        raise UsageError(f"{handler.place}: two of its events have the same topic: {', '.join(topics)}")
+        raise UsageError(f"{handler.place}: two of its events have the same topic: {', '.join(topics)}", code="OB309")
     if len(topics) > 1 and options.name is None:
         raise UsageError(
-            f"{handler.place}: handles {len(topics)} topics in one queue; give it a stable name=, which names the queue"
+            f"{handler.place}: handles {len(topics)} topics in one queue; give it a stable name=, which names the queue",
+            code="OB309",
         )
     if options.name is not None and not (isinstance(options.name, str) and NAME.fullmatch(options.name)):
-        raise UsageError(f"{handler.place}: name={options.name!r} must be lower-case letters, digits, '.', '-' or '_'")
+        raise UsageError(
+            f"{handler.place}: name={options.name!r} must be lower-case letters, digits, '.', '-' or '_'", code="OB310"
+        )
     if handler.name == "ordered":
-        raise UsageError(f"{handler.place}: the name 'ordered' is taken by the group's ordered queue; choose another name=")
+        raise UsageError(
+            f"{handler.place}: the name 'ordered' is taken by the group's ordered queue; choose another name=", code="OB310"
+        )
     if handler.name.endswith(".dlq"):
-        raise UsageError(f"{handler.place}: the name {handler.name!r} ends like a dead letter queue; choose another name=")
+        raise UsageError(
+            f"{handler.place}: the name {handler.name!r} ends like a dead letter queue; choose another name=", code="OB310"
+        )
     for option, low, high in (("concurrency", 1, 1_000), ("fuse", 1, 10_000)):
         value = getattr(options, option)
         if not _is_whole(value) or not low <= value <= high:
-            raise UsageError(f"{handler.place}: {option}={value!r} must be a whole number from {low} to {high}")
+            raise UsageError(f"{handler.place}: {option}={value!r} must be a whole number from {low} to {high}", code="OB311")
     if options.prefetch is not None and not (_is_whole(options.prefetch) and 1 <= options.prefetch <= MOST_PREFETCH):
         raise UsageError(
             f"{handler.place}: prefetch={options.prefetch!r} must be from 1 to {MOST_PREFETCH}; "
-            f"without a bound, a backlog would fill the memory"
+            f"without a bound, a backlog would fill the memory",
+            code="OB311",
         )
     if not isinstance(options.timeout_s, (int, float)) or not 0 < options.timeout_s <= 1_200:
-        raise UsageError(f"{handler.place}: timeout={options.timeout_s!r} must be more than 0 and at most 1200 seconds")
+        raise UsageError(
+            f"{handler.place}: timeout={options.timeout_s!r} must be more than 0 and at most 1200 seconds", code="OB311"
+        )
     if not isinstance(options.retry, Retry):
-        raise UsageError(f"{handler.place}: retry={options.retry!r} must be a Retry, such as Retry.exponential(attempts=5)")
+        raise UsageError(
+            f"{handler.place}: retry={options.retry!r} must be a Retry, such as Retry.exponential(attempts=5)", code="OB311"
+        )
     if options.guard not in (None, "inbox", "claims", "none"):
-        raise UsageError(f'{handler.place}: guard={options.guard!r} must be "inbox", "claims" or "none"')
+        raise UsageError(f'{handler.place}: guard={options.guard!r} must be "inbox", "claims" or "none"', code="OB311")
     if handler.batch and options.ordered:
-        raise UsageError(f"{handler.place}: a batch handler can't be ordered; use bus.on(…, ordered=True, fuse=N)")
+        raise UsageError(f"{handler.place}: a batch handler can't be ordered; use bus.on(…, ordered=True, fuse=N)", code="OB312")
     if options.ordered and options.retry.longest_s > ORDERED_RETRY_LIMIT_S:
         raise UsageError(
             f"{handler.place}: ordered retries block their key inside the process, so all waits together must stay "
-            f"below {ORDERED_RETRY_LIMIT_S:g} s; this policy waits {options.retry.longest_s:g} s"
+            f"below {ORDERED_RETRY_LIMIT_S:g} s; this policy waits {options.retry.longest_s:g} s",
+            code="OB313",
         )
 
 
@@ -160,18 +176,22 @@ def resolve(handler: Handler, tx_type: type, resources: Mapping[type, object]) -
     first = Batch[events] if handler.batch else events
     wanted = handler.wants
     if not parameters:
-        raise UsageError(f"{handler.place}: takes no parameter; its first must be the event, `event: {wanted}`")
+        raise UsageError(f"{handler.place}: takes no parameter; its first must be the event, `event: {wanted}`", code="OB302")
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise UsageError(f"{handler.place}: parameter {parameter} can't be injected; use plain parameters with a type")
+            raise UsageError(
+                f"{handler.place}: parameter {parameter} can't be injected; use plain parameters with a type", code="OB303"
+            )
         if parameter.name not in hints:
             raise UsageError(
-                f"{handler.place}: parameter {parameter.name!r} has no type; write `{parameter.name}: {wanted}`, or Tx, …"
+                f"{handler.place}: parameter {parameter.name!r} has no type; write `{parameter.name}: {wanted}`, or Tx, …",
+                code="OB303",
             )
     if hints[parameters[0].name] != first:
         raise UsageError(
             f"{handler.place}: its first parameter {parameters[0].name!r} is {_type_name(hints[parameters[0].name])}, but it is "
-            f"registered for {wanted}; write `{parameters[0].name}: {wanted}`"
+            f"registered for {wanted}; write `{parameters[0].name}: {wanted}`",
+            code="OB302",
         )
     arguments: list[Source | type] = ["batch" if handler.batch else "event"]
     for parameter in parameters[1:]:
@@ -179,7 +199,8 @@ def resolve(handler: Handler, tx_type: type, resources: Mapping[type, object]) -
     plan = Plan(tuple(arguments), _emits(handler, hints.get("return", NoneType)))
     if handler.options.guard == "claims" and plan.needs_tx:
         raise UsageError(
-            f'{handler.place}: guard="claims" is for handlers that write to no database; drop Tx and the returned events'
+            f'{handler.place}: guard="claims" is for handlers that write to no database; drop Tx and the returned events',
+            code="OB314",
         )
     return plan
 
@@ -194,10 +215,14 @@ def events_of(function: Callable[..., Any]) -> tuple[type[Event], ...]:
     try:
         hints = typing.get_type_hints(function)
     except NameError as error:
-        raise UsageError(f"{place}: its annotations name something that can't be found: {error}; {advice}") from error
+        raise UsageError(
+            f"{place}: its annotations name something that can't be found: {error}; {advice}", code="OB305"
+        ) from error
     first = next((hints.get(name) for name in inspect.signature(function).parameters), None)
     if get_origin(first) is not Batch:
-        raise UsageError(f"{place}: the decorator names no event, and its first parameter is {_type_name(first)}; {advice}")
+        raise UsageError(
+            f"{place}: the decorator names no event, and its first parameter is {_type_name(first)}; {advice}", code="OB302"
+        )
     (inner,) = get_args(first)
     return get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
 
@@ -222,11 +247,13 @@ def check_together(handler: Handler, others: Sequence[Handler]) -> None:
         if share_a_lane:
             raise UsageError(
                 f"{handler.place}: {other.place} of group {handler.group!r} already handles {handler.topics[0]!r} in order; "
-                f"a group has one ordered handler for a topic"
+                f"a group has one ordered handler for a topic",
+                code="OB308",
             )
         raise UsageError(
             f"{handler.place}: {other.place} of group {handler.group!r} is already called {handler.name!r}; "
-            f"give one of them a stable name of its own, such as name={handler.function.__name__!r}"
+            f"give one of them a stable name of its own, such as name={handler.function.__name__!r}",
+            code="OB308",
         )
 
 
@@ -236,15 +263,19 @@ def resolve_periodic(periodic: Periodic, tx_type: type, resources: Mapping[type,
     _check_async(periodic)
     times = (periodic.every_s, periodic.timeout_s)
     if not all(isinstance(time, (int, float)) for time in times) or not (0.01 <= times[0] <= 86_400 and 0 < times[1] <= 3_600):
-        raise UsageError(f"{periodic.place}: runs every 0.01 to 86,400 seconds, with a timeout of at most 3,600")
+        raise UsageError(f"{periodic.place}: runs every 0.01 to 86,400 seconds, with a timeout of at most 3,600", code="OB311")
     hints = typing.get_type_hints(function)
     arguments: list[Source | type] = []
     for name in inspect.signature(function).parameters:
         if name not in hints:
-            raise UsageError(f"{periodic.place}: parameter {name!r} has no type; write `{name}: Tx`, or a resource's type")
+            raise UsageError(
+                f"{periodic.place}: parameter {name!r} has no type; write `{name}: Tx`, or a resource's type", code="OB303"
+            )
         source = _source(periodic, name, hints[name], tx_type, resources)
         if source == "delivery":
-            raise UsageError(f"{periodic.place}: parameter {name!r} is a Delivery, but nothing is delivered here; drop it")
+            raise UsageError(
+                f"{periodic.place}: parameter {name!r} is a Delivery, but nothing is delivered here; drop it", code="OB306"
+            )
         arguments.append(source)
     return Plan(tuple(arguments), _emits(periodic, hints.get("return", NoneType)))
 
@@ -254,14 +285,15 @@ def _source(handler: Handler | Periodic, name: str, hint: Any, tx_type: type, re
         return "tx"
     if hint is Delivery:
         if isinstance(handler, Handler) and handler.batch:
-            raise UsageError(f"{handler.place}: parameter {name!r}: a batch has many deliveries; use item.delivery")
+            raise UsageError(f"{handler.place}: parameter {name!r}: a batch has many deliveries; use item.delivery", code="OB306")
         return "delivery"
     if isinstance(hint, type) and hint in resources:
         return hint
     known = ", ".join(["Tx", "Delivery", *sorted(kind.__name__ for kind in resources)])
     raise UsageError(
         f"{handler.place}: parameter {name!r} is {_type_name(hint)}, which nobody provides; use one of {known}, "
-        f"or provide it by an async generator under @bus.resource"
+        f"or provide it by an async generator under @bus.resource",
+        code="OB304",
     )
 
 
@@ -280,23 +312,17 @@ def _emits(handler: Handler | Periodic, hint: Any) -> tuple[type[Event], ...]:
                 found.extend(_emits(handler, arg))
         else:
             raise UsageError(
-                f"{handler.place}: returns {_type_name(part)}; a handler returns None, an event, or a sequence of events"
+                f"{handler.place}: returns {_type_name(part)}; a handler returns None, an event, or a sequence of events",
+                code="OB307",
             )
     return tuple(found)
-
-
-def place_of(function: Callable[..., Any]) -> str:
-    """The name, file and line of a function, for errors."""
-    code = getattr(function, "__code__", None)
-    name = getattr(function, "__qualname__", None) or repr(function)
-    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _check_async(owner: Handler | Periodic) -> None:
     function = owner.function
     if not (inspect.isfunction(function) or inspect.ismethod(function)) or not inspect.iscoroutinefunction(function):
         name = getattr(function, "__name__", "handle")
-        raise UsageError(f"{owner.place}: must be an async function; write `async def {name}(…)`")
+        raise UsageError(f"{owner.place}: must be an async function; write `async def {name}(…)`", code="OB301")
 
 
 def _is_whole(value: object) -> bool:

@@ -74,11 +74,13 @@ def read_record(line: bytes) -> Incoming:
         record = _decoder.decode(line)
         headers = {} if record.headers is None else _unpacked({"table": record.headers})
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"is no dead letter that `orderbus dlq export` wrote: {error}") from None
+        raise UsageError(f"is no dead letter that `orderbus dlq export` wrote: {error}", code="OB709") from None
     if record.kind != KIND:
-        raise UsageError(f"is of kind {record.kind!r}; this orderbus reads {KIND!r}")
+        raise UsageError(f"is of kind {record.kind!r}; this orderbus reads {KIND!r}", code="OB709")
     if not is_dead_letter_queue(record.queue):
-        raise UsageError(f"names the queue {record.queue!r}, which is not a dead letter queue (their names end in .dlq)")
+        raise UsageError(
+            f"names the queue {record.queue!r}, which is not a dead letter queue (their names end in .dlq)", code="OB701"
+        )
     if record.headers is None:
         headers = {RAW_PROPERTIES: record.raw_properties[:MOST_RAW_BYTES]}
     assert isinstance(headers, Mapping)

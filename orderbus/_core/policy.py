@@ -81,7 +81,9 @@ class Retry(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if not self.rules:
-            raise UsageError("Retry: a policy has at least one rule; begin with Retry.exponential(), fixed() or none()")
+            raise UsageError(
+                "Retry: a policy has at least one rule; begin with Retry.exponential(), fixed() or none()", code="OB315"
+            )
 
     @classmethod
     def exponential(cls, *, first: float = 0.2, limit: float = 60.0, attempts: int = 8, factor: float = 2.0) -> Retry:
@@ -90,7 +92,7 @@ class Retry(msgspec.Struct, frozen=True):
         _check_delay("first", first)
         _check_delay("limit", limit)
         if not 1.0 <= factor <= 100.0:
-            raise UsageError(f"Retry.exponential: factor must be between 1 and 100, not {factor!r}")
+            raise UsageError(f"Retry.exponential: factor must be between 1 and 100, not {factor!r}", code="OB315")
         delays: list[float] = []
         delay = first
         for _ in range(attempts - 1):
@@ -186,20 +188,20 @@ def backoff_s(failures: int, *, first_s: float = 0.1, limit_s: float = 5.0, jitt
 
 def _check_attempts(attempts: int) -> None:
     if not isinstance(attempts, int) or not 1 <= attempts <= MOST_ATTEMPTS:
-        raise UsageError(f"Retry: attempts must be a whole number from 1 to {MOST_ATTEMPTS}, not {attempts!r}")
+        raise UsageError(f"Retry: attempts must be a whole number from 1 to {MOST_ATTEMPTS}, not {attempts!r}", code="OB315")
 
 
 def _check_delay(name: str, delay_s: float) -> None:
     if not isinstance(delay_s, (int, float)) or not math.isfinite(delay_s) or not 0 <= delay_s <= LONGEST_DELAY_S:
-        raise UsageError(f"{name}: a delay is a number of seconds from 0 to {LONGEST_DELAY_S:g}, not {delay_s!r}")
+        raise UsageError(f"{name}: a delay is a number of seconds from 0 to {LONGEST_DELAY_S:g}, not {delay_s!r}", code="OB315")
 
 
 def _check_exceptions(method: str, exceptions: tuple[type[BaseException], ...]) -> None:
     if not exceptions:
-        raise UsageError(f"Retry.{method}() needs at least one exception class")
+        raise UsageError(f"Retry.{method}() needs at least one exception class", code="OB315")
     for exception in exceptions:
         if not (isinstance(exception, type) and issubclass(exception, Exception)):
-            raise UsageError(f"Retry.{method}(): {exception!r} is not an exception class")
+            raise UsageError(f"Retry.{method}(): {exception!r} is not an exception class", code="OB315")
 
 
 def _delay_text(delay_s: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 from msgspec import Meta
 
+from orderbus._core.naming import nearest
 from orderbus._core.signing import masked_keys, signing_keys
 from orderbus.errors import SettingsError
 
@@ -141,5 +141,5 @@ def _shown(name: str, value: object) -> str:
 
 
 def _did_you_mean(field: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(field, known, n=1, cutoff=0.6)
-    return f"; did you mean {PREFIX}{near[0].upper()}?" if near else f"; there are {', '.join(PREFIX + k.upper() for k in known)}"
+    near = nearest(field, known)
+    return f"; did you mean {PREFIX}{near.upper()}?" if near else f"; there are {', '.join(PREFIX + k.upper() for k in known)}"

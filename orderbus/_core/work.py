@@ -274,4 +274,6 @@ def check_tx_result(result: object, place: str) -> Sequence[Event]:
         return (result,)
     if isinstance(result, (list, tuple)) and all(isinstance(event, Event) for event in result):
         return result
-    raise UsageError(f"{place}: returned {type(result).__name__}; a handler returns None, an event, or a sequence of events")
+    raise UsageError(
+        f"{place}: returned {type(result).__name__}; a handler returns None, an event, or a sequence of events", code="OB307"
+    )

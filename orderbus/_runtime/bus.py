@@ -30,6 +30,7 @@ from orderbus._core.handler import (
     resolve_periodic,
 )
 from orderbus._core.ids import uuid7
+from orderbus._core.naming import line_of_caller, nearest
 from orderbus._core.policy import DEFAULT_RETRY, Retry
 from orderbus._core.settings import Settings
 from orderbus._core.topology import Topology, topology_for
@@ -65,12 +66,17 @@ class Bus:
         self, group: str, *, settings: Settings | None = None, format: Format = "json", clock: Callable[[], float] = time.time
     ) -> None:
         if not GROUP.fullmatch(group):
-            raise UsageError(f"Bus({group!r}): a group's name is lower-case letters, digits, '-' and '_', at most 60")
+            raise UsageError(
+                f"Bus({group!r}): a group's name is lower-case letters, digits, '-' and '_', at most 60", code="OB318"
+            )
         if group == "ob":
-            raise UsageError("Bus('ob'): the names of the retry ladder's queues begin with 'ob.'; choose another group")
+            raise UsageError(
+                "Bus('ob'): the names of the retry ladder's queues begin with 'ob.'; choose another group", code="OB318"
+            )
         if format not in ("json", "msgpack"):
-            raise UsageError(f'Bus({group!r}): format={format!r} must be "json" or "msgpack"')
+            raise UsageError(f'Bus({group!r}): format={format!r} must be "json" or "msgpack"', code="OB319")
         self.group = group
+        self._place = f"the bus {group!r} ({line_of_caller(1)})"
         self._given = settings
         self._format: Format = format
         self._clock = clock
@@ -197,7 +203,9 @@ class Bus:
         self._check_closed("resource")
         resource = resource_of(function)
         if resource.provides in self._resources:
-            raise UsageError(f"{resource.place}: this bus has a resource of type {resource.provides.__name__} already")
+            raise UsageError(
+                f"{resource.place}: this bus has a resource of type {resource.provides.__name__} already", code="OB317"
+            )
         self._resources[resource.provides] = resource
         return function
 
@@ -272,7 +280,8 @@ class Bus:
             if receipt is not Receipt.CONFIRMED and not (receipt is Receipt.UNROUTABLE and row.unrouted == "drop")
         ]
         if bad:
-            raise UnavailableError(_not_confirmed(bad, len(rows)))
+            handled = [topic for handler in self._handlers for topic in handler.topics]
+            raise UnavailableError(_not_confirmed(bad, len(rows), handled))
         return [row.event_id for row in rows]
 
     @asynccontextmanager
@@ -349,7 +358,9 @@ class Bus:
             try:
                 found.append((handler, resolve(handler, Tx, self._resources)))
             except NameError as error:
-                raise UsageError(f"{handler.place}: its annotations name something that can't be found: {error}") from error
+                raise UsageError(
+                    f"{handler.place}: its annotations name something that can't be found: {error}", code="OB305"
+                ) from error
         return found
 
     def _periodic_plans(self) -> list[tuple[Periodic, Plan]]:
@@ -358,7 +369,9 @@ class Bus:
             try:
                 found.append((periodic, resolve_periodic(periodic, Tx, self._resources)))
             except NameError as error:
-                raise UsageError(f"{periodic.place}: its annotations name something that can't be found: {error}") from error
+                raise UsageError(
+                    f"{periodic.place}: its annotations name something that can't be found: {error}", code="OB305"
+                ) from error
         return found
 
     def topology(self) -> Topology:
@@ -377,12 +390,12 @@ class Bus:
 
     def _check_closed(self, what: str) -> None:
         if self._engine is not None:
-            raise UsageError(f"{what}: the bus {self.group!r} is open already; register everything before `async with bus`")
+            raise UsageError(f"{what}: {self._place} is open already; register everything before `async with bus`", code="OB402")
 
     @property
     def _open(self) -> Engine:
         if self._engine is None:
-            raise UsageError(f"the bus {self.group!r} is not open; use it inside `async with bus:`")
+            raise UsageError(f"{self._place} is not open; use it inside `async with bus:`", code="OB401")
         return self._engine
 
 
@@ -395,10 +408,12 @@ class _Anything(dict[type, object]):
         )
 
 
-def _not_confirmed(bad: Sequence[tuple[OutboxRow, Receipt]], count: int) -> str:
+def _not_confirmed(bad: Sequence[tuple[OutboxRow, Receipt]], count: int, handled: Sequence[str]) -> str:
     row, receipt = bad[0]
     if receipt is Receipt.UNROUTABLE:
-        why = f'no queue is bound to {row.topic!r}: start its consumers first, or declare unrouted="drop"'
+        near = nearest(row.topic, handled)
+        meant = f"; or did you mean {near!r}, which this bus handles?" if near not in (None, row.topic) else ""
+        why = f'no queue is bound to {row.topic!r}: start its consumers first, or declare unrouted="drop"{meant}'
     else:
         why = f"the broker did not confirm event {row.event_id}: {receipt.value}"
     return why if count == 1 else f"{len(bad)} of {count} events were not confirmed; the first: {why}"

@@ -31,7 +31,7 @@ def check_cancelled(place: str, error: BaseException) -> None:
     """
     if anyio.current_effective_deadline() != -math.inf:
         raise UsageError(
-            f"{place}: awaited a task or future that was cancelled; catch CancelledError where that is expected"
+            f"{place}: awaited a task or future that was cancelled; catch CancelledError where that is expected", code="OB413"
         ) from error
 
 

@@ -157,7 +157,7 @@ class DeadLetters:
         has failed.
         """
         if rate is not None and not rate > 0:
-            raise UsageError(f"rate={rate!r}: letters a second, more than 0")
+            raise UsageError(f"rate={rate!r}: letters a second, more than 0", code="OB702")
         count, sending = _Count(tell), _Sending(self._broker, Pace(rate))
         async with look_into(self._broker, queue, hold) as look:
             while deliveries := await look.more():
@@ -224,7 +224,8 @@ class DeadLetters:
                 found = next((one for one in deliveries if _is_same(one, seen)), None)
             if found is None:
                 raise UsageError(
-                    f"the letter of event {seen.event_id} is not in {seen.queue} any more as it was shown; look again"
+                    f"the letter of event {seen.event_id} is not in {seen.queue} any more as it was shown; look again",
+                    code="OB703",
                 )
             why = refusal(seen, now_s=self._clock(), window_s=self._window_s)
             if why is not None:

@@ -28,6 +28,7 @@ from orderbus._runtime.metrics import meters
 from orderbus._runtime.opening import asyncio_only, open_broker, open_claims, open_store
 from orderbus._runtime.portal import Portal, PortalBroker, PortalClaims, PortalStore, open_portal
 from orderbus._runtime.relay import Relay, publish_rows
+from orderbus._runtime.starting import starting
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tracing import Tracing, outside
 from orderbus._runtime.tx import Encoding, Tx
@@ -133,17 +134,19 @@ class Engine:
     async def _open_adapters(self, stack: AsyncExitStack) -> None:
         settings = self._settings
         assert settings.broker_url is not None
-        broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self.group))
+        with starting(self.group, "to connect to the broker", self._clock):
+            broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self.group))
         self._broker = PortalBroker(self._portal, broker) if self._portal and self._crosses(settings.broker_url) else broker
         database_url = settings.database_url
         if database_url is None and settings.broker_url.startswith("memory:"):
             database_url = settings.broker_url
         if database_url is not None:
-            store = await self._enter(
-                stack, database_url, open_store(database_url, name=self.group, pool_size=settings.pool_size)
-            )
-            self._store = PortalStore(self._portal, store) if self._portal and self._crosses(database_url) else store
-            await self.store.check()
+            with starting(self.group, "to connect to the database and to look at its schema", self._clock):
+                store = await self._enter(
+                    stack, database_url, open_store(database_url, name=self.group, pool_size=settings.pool_size)
+                )
+                self._store = PortalStore(self._portal, store) if self._portal and self._crosses(database_url) else store
+                await self.store.check()
         redis_url = settings.redis_url
         if redis_url is None and settings.broker_url.startswith("memory:"):
             redis_url = settings.broker_url
@@ -164,7 +167,8 @@ class Engine:
     async def _start(self) -> None:
         needs = queue_needs([handler for handler, _ in self._plans])
         topology = topology_for(needs)
-        await self.broker.apply(topology)
+        with starting(self.group, "to declare its queues", self._clock):
+            await self.broker.apply(topology)
         caller = Caller(self._resources, self.tracing)
         guards = {handler.consumer: self._guard(handler, caller, plan) for handler, plan in self._plans}
         env = Environment(
@@ -210,18 +214,22 @@ class Engine:
         if kind is None:
             kind = "inbox" if self._store is not None else "claims"
         if self._store is None and (plan.needs_tx or kind == "inbox"):
-            raise UsageError(f"{handler.place}: needs a database for its Tx, its events or its inbox; set ORDERBUS_DATABASE_URL")
+            raise UsageError(
+                f"{handler.place}: needs a database for its Tx, its events or its inbox; set ORDERBUS_DATABASE_URL", code="OB403"
+            )
         if kind == "none":
             if plan.needs_tx:
                 raise UsageError(
-                    f'{handler.place}: guard="none" gives no transaction; drop Tx and the returned events, or the guard'
+                    f'{handler.place}: guard="none" gives no transaction; drop Tx and the returned events, or the guard',
+                    code="OB314",
                 )
             return NoGuard(caller)
         if kind == "claims":
             if self._claims is None:
                 raise UsageError(
                     f"{handler.place}: nothing guards it against being handled twice; set ORDERBUS_REDIS_URL or "
-                    f'ORDERBUS_DATABASE_URL, or say guard="none"'
+                    f'ORDERBUS_DATABASE_URL, or say guard="none"',
+                    code="OB404",
                 )
             return ClaimsGuard(self._claims, caller, keep_s=self._settings.dedupe_window_s)
         return InboxGuard(self.store, caller, self.encoding, self.tracing, self._emitted)
@@ -344,7 +352,7 @@ class Engine:
     @property
     def store(self) -> Store:
         if self._store is None:
-            raise UsageError(f"the bus {self.group!r} has no database; set ORDERBUS_DATABASE_URL")
+            raise UsageError(f"the bus {self.group!r} has no database; set ORDERBUS_DATABASE_URL", code="OB403")
         return self._store
 
     @property
@@ -355,7 +363,7 @@ class Engine:
     @property
     def claims(self) -> Claims:
         if self._claims is None:
-            raise UsageError(f"the bus {self.group!r} has no claims keeper; set ORDERBUS_REDIS_URL")
+            raise UsageError(f"the bus {self.group!r} has no claims keeper; set ORDERBUS_REDIS_URL", code="OB404")
         return self._claims
 
     def _emitted(self, count: int) -> None:

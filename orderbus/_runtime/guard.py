@@ -123,7 +123,9 @@ class Caller:
             events = check_tx_result(result, handler.place)
             if tx is None:
                 if events:
-                    raise UsageError(f"{handler.place}: returned an event, but it runs without a database, so there is no outbox")
+                    raise UsageError(
+                        f"{handler.place}: returned an event, but it runs without a database, so there is no outbox", code="OB407"
+                    )
                 return
             for event in events:
                 tx.emit(event)
@@ -141,7 +143,9 @@ class Caller:
             raise
         for event in check_tx_result(result, handler.place):
             if tx is None:
-                raise UsageError(f"{handler.place}: returned an event, but it runs without a database, so there is no outbox")
+                raise UsageError(
+                    f"{handler.place}: returned an event, but it runs without a database, so there is no outbox", code="OB407"
+                )
             tx.emit(event)
         return [HANDLED if item.outcome is None else item.outcome for item in batch]
 

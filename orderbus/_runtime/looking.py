@@ -31,11 +31,12 @@ async def look_into(broker: Broker, queue: str, hold: int) -> AsyncIterator[Look
     """
     if not is_dead_letter_queue(queue):
         raise UsageError(
-            f"{queue!r} is not a dead letter queue (their names end in .dlq): looking into a queue that is consumed would "
-            f"take work from its consumers, and count against its delivery limit"
+            f"{queue!r} is not a dead letter queue; did you mean {queue + '.dlq'!r}? Looking into a queue that is consumed would "
+            f"take work from its consumers, and count against its delivery limit",
+            code="OB701",
         )
     if not 1 <= hold <= MOST_HELD:
-        raise UsageError(f"hold={hold!r}: from 1 to {MOST_HELD} letters")
+        raise UsageError(f"hold={hold!r}: from 1 to {MOST_HELD} letters", code="OB702")
     ready = await broker.depth(queue)
     if not ready:
         yield Look(None, 0, hold)

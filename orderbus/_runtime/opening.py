@@ -40,7 +40,9 @@ def adapter(url: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("orderbus"):
             raise
-        raise UsageError(f"{scheme_of(url)}:// needs the package {error.name}; pip install 'orderbus[{extra}]'") from error
+        raise UsageError(
+            f"{scheme_of(url)}:// needs the package {error.name}; pip install 'orderbus[{extra}]'", code="OB108"
+        ) from error
 
 
 def open_broker(url: str, *, name: str) -> AbstractAsyncContextManager[Any]:

@@ -153,7 +153,7 @@ class _Crossing(Generic[T]):
         if self._error is not None:
             raise self._error
         if not self.has_result:
-            raise UsageError("the asyncio thread was stopped while a call was under way")
+            raise UsageError("the asyncio thread was stopped while a call was under way", code="OB412")
         return cast(T, self.result)
 
 
@@ -258,7 +258,8 @@ class PortalStore:
 
     def enlist(self, connection: Any) -> Transaction:
         raise UsageError(
-            "bus.enlist() works under asyncio only: psycopg's connections belong to an asyncio loop; use bus.transaction()"
+            "bus.enlist() works under asyncio only: psycopg's connections belong to an asyncio loop; use bus.transaction()",
+            code="OB411",
         )
 
     async def check(self) -> None:
@@ -276,7 +277,9 @@ class PortalTransaction:
 
     @property
     def connection(self) -> Any:
-        raise UsageError("tx.connection works under asyncio only: it belongs to the asyncio thread; use tx.execute(…)")
+        raise UsageError(
+            "tx.connection works under asyncio only: it belongs to the asyncio thread; use tx.execute(…)", code="OB411"
+        )
 
     async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
         return await self._portal.call(self._inner.execute, sql, params)

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import anyio
 import msgspec
 
+from orderbus._core.naming import place_of
 from orderbus.errors import UsageError
 
 log = logging.getLogger("orderbus")
@@ -26,24 +27,25 @@ class Resource(msgspec.Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        code = self.function.__code__
-        return f"resource {self.function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+        return f"resource {place_of(self.function)}"
 
 
 def resource_of(function: Callable[[], AsyncIterator[Any]]) -> Resource:
     """Reads what it provides from `-> AsyncIterator[T]`. Raises UsageError where that is missing."""
-    name = getattr(function, "__qualname__", repr(function))
+    place, name = f"resource {place_of(function)}", getattr(function, "__name__", "provide")
     if not inspect.isasyncgenfunction(function):
-        raise UsageError(f"resource {name}: must be an async generator: `async def {name}() -> AsyncIterator[T]: … yield value`")
+        raise UsageError(
+            f"{place}: must be an async generator: `async def {name}() -> AsyncIterator[T]: … yield value`", code="OB316"
+        )
     try:
         hint = typing.get_type_hints(function).get("return")
     except (NameError, TypeError) as error:
-        raise UsageError(f"resource {name}: its annotations name something that can't be found: {error}") from error
+        raise UsageError(f"{place}: its annotations name something that can't be found: {error}", code="OB305") from error
     arguments = get_args(hint)
     if get_origin(hint) not in (AsyncIterator, AsyncGenerator) or not arguments or not isinstance(arguments[0], type):
-        raise UsageError(f"resource {name}: needs the type it provides; write `-> AsyncIterator[T]` with a class T")
+        raise UsageError(f"{place}: needs the type it provides; write `-> AsyncIterator[T]` with a class T", code="OB316")
     if inspect.signature(function).parameters:
-        raise UsageError(f"resource {name}: takes no parameters")
+        raise UsageError(f"{place}: takes no parameters; close over what it needs", code="OB316")
     return Resource(function, arguments[0])
 
 

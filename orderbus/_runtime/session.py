@@ -17,6 +17,7 @@ from orderbus._core.delivery import Delivery, State, Step
 from orderbus._core.handler import ORDERED_RETRY_LIMIT_S
 from orderbus._core.leaving import parked_message, retry_message
 from orderbus._core.message import BodyNotKept, Outgoing, Settlement
+from orderbus._core.naming import place_of
 from orderbus._core.policy import Again, Parked, backoff_s, bare, decide
 from orderbus._core.work import AnyOrder, KeyOrder, Work
 from orderbus._runtime.guard import Guard, delivery_of
@@ -273,7 +274,11 @@ class Session:
             call = _around(middleware, deliveries, call)
         await call()
         if not outcomes:
-            raise UsageError("a middleware returned without having called `call_next`")
+            places = ", ".join(place_of(middleware) for middleware in self._env.middleware)
+            raise UsageError(
+                f"a middleware of {places} returned without having called `call_next`; await call_next() in it, or raise",
+                code="OB414",
+            )
         return outcomes
 
     def _failed(self, work: Work, error: Exception, leaving: list[tuple[Work, Outgoing]]) -> None:

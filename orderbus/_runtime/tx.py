@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from orderbus._core.codec import CONTENT_TYPES, Format, encode
-from orderbus._core.event import Event, event_key, event_type
+from orderbus._core.event import Event, event_key, event_place, event_type
 from orderbus._core.ids import uuid7, uuid_text
 from orderbus._core.message import VERSION
 from orderbus._core.signing import SIGNATURE, SigningKeys
@@ -53,7 +53,8 @@ class Encoding:
         key = _checked_key(event)
         if due_at is not None and due_at.tzinfo is None:
             raise UsageError(
-                f"event {type(event).__name__}: due_at={due_at!r} has no time zone; use datetime.now(timezone.utc) + …"
+                f"{event_place(event)}: due_at={due_at!r} has no time zone; use datetime.now(timezone.utc) + …",
+                code="OB212",
             )
         body, content_type = encode(event, self.form, limit_bytes=self.limit_bytes), CONTENT_TYPES[self.form]
         headers = {} if kind.version == 1 else {VERSION: str(kind.version)}
@@ -80,9 +81,11 @@ def _checked_key(event: Event) -> str | None:
         return None
     size_bytes = len(key.encode("utf-8", "replace"))
     if size_bytes > MOST_KEY_BYTES:
-        raise UsageError(f"event {type(event).__name__}: its key is {size_bytes} bytes; at most {MOST_KEY_BYTES}")
+        raise UsageError(
+            f"{event_place(event)}: its key is {size_bytes} bytes; at most {MOST_KEY_BYTES}: use an id", code="OB211"
+        )
     if not key.isprintable() and ("\0" in key or any("\ud800" <= char <= "\udfff" for char in key)):
-        raise UsageError(f"event {type(event).__name__}: its key {key!r} holds what neither UTF-8 nor PostgreSQL can store")
+        raise UsageError(f"{event_place(event)}: its key {key!r} holds what neither UTF-8 nor PostgreSQL can store", code="OB211")
     return key
 
 
@@ -113,7 +116,7 @@ class Tx:
         """
         self._check_open()
         if len(self._emitted) >= MOST_EMITTED:
-            raise UsageError(f"a transaction emits at most {MOST_EMITTED} events; split the work")
+            raise UsageError(f"a transaction emits at most {MOST_EMITTED} events; split the work", code="OB406")
         trace = current_trace() or self._cause
         if self._causes:
             trace = self._causes.get(event_key(event), trace)
@@ -181,4 +184,6 @@ class Tx:
 
     def _check_open(self) -> None:
         if self._ended:
-            raise UsageError("this tx has ended; use it only inside the handler or the `async with` it was given to")
+            raise UsageError(
+                "this tx has ended; use it only inside the handler or the `async with` it was given to", code="OB405"
+            )

@@ -50,7 +50,7 @@ def audited(verb: str, file: Path | None) -> Iterator[Audit]:
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     except OSError as error:
-        raise UsageError(f"the audit file {file} can't be written: {error.strerror}; nothing was changed") from None
+        raise UsageError(f"the audit file {file} can't be written: {error.strerror}; nothing was changed", code="OB612") from None
     try:
         yield Audit(verb, descriptor)
         os.fsync(descriptor)
@@ -68,7 +68,8 @@ def require_consent(verb: str, *, yes: bool, dry_run: bool) -> bool:
         return False
     if not can_ask():
         raise UsageError(
-            f"{verb} asks before it changes anything, and there is no terminal to ask at: say --yes; nothing was changed"
+            f"{verb} asks before it changes anything, and there is no terminal to ask at: say --yes; nothing was changed",
+            code="OB611",
         )
     return True
 

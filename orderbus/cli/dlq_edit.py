@@ -58,7 +58,7 @@ def edit(
     letter = _the_letter(found, event_id, hold)
     why = refusal(letter, now_s=time.time(), window_s=found.settings.dedupe_window_s)
     if why is not None:
-        raise UsageError(f"event {event_id} can't be replayed, edited or not: {why}")
+        raise UsageError(f"event {event_id} can't be replayed, edited or not: {why}", code="OB704")
     new_body = _new_body(letter, body)
     if not unchecked:
         _check(letter, new_body, found.buses, found.settings)
@@ -99,7 +99,8 @@ def _check_not_handled(event_id: UUID, consumer: str, url: str | None) -> None:
     if any(one.consumer == consumer for one in anyio.run(handled)):
         raise UsageError(
             f"{consumer} has handled event {event_id}: its effect is there, and the edited one's would be beside it. "
-            f"Purge the letter; or --unchecked sends it all the same. Nothing was changed"
+            f"Purge the letter; or --unchecked sends it all the same. Nothing was changed",
+            code="OB705",
         )
 
 
@@ -112,7 +113,8 @@ def _the_letter(found: Found, event_id: str, hold: int) -> Parked:
         raise typer.Exit(ExitCode.FINDINGS)
     if len({letter.queue for letter in letters}) > 1:
         raise UsageError(
-            f"event {event_id} is in {' and in '.join(letter.queue for letter in letters)}: name the queue to edit it in"
+            f"event {event_id} is in {' and in '.join(letter.queue for letter in letters)}: name the queue to edit it in",
+            code="OB706",
         )
     if len(letters) > 1:
         complain(f"event {event_id} is in {letters[0].queue} more than once; the oldest is edited")
@@ -124,13 +126,13 @@ def _new_body(letter: Parked, file: Path | None) -> bytes:
         try:
             new = file.read_bytes()
         except OSError as error:
-            raise UsageError(f"the body {file} can't be read: {error.strerror}; nothing was changed") from None
+            raise UsageError(f"the body {file} can't be read: {error.strerror}; nothing was changed", code="OB612") from None
     elif can_ask():
         new = _in_editor(letter)
     else:
-        raise UsageError("there is no terminal to edit at: give the new body by --body FILE; nothing was changed")
+        raise UsageError("there is no terminal to edit at: give the new body by --body FILE; nothing was changed", code="OB611")
     if new == letter.body:
-        raise UsageError("the body is the same as before; to send it again use `orderbus dlq replay`")
+        raise UsageError("the body is the same as before; to send it again use `orderbus dlq replay`", code="OB707")
     return new
 
 
@@ -142,14 +144,14 @@ def _in_editor(letter: Parked) -> bytes:
     except msgspec.DecodeError:
         is_json, shown = False, text
     except UnicodeDecodeError:
-        raise UsageError("the body is not text: give the new one by --body FILE; nothing was changed") from None
+        raise UsageError("the body is not text: give the new one by --body FILE; nothing was changed", code="OB707") from None
     edited = click.edit(shown, extension=".json" if is_json else ".txt")
     if edited is None or edited == shown:
         return letter.body
     try:
         return msgspec.json.format(edited.encode(), indent=-1) if is_json else edited.encode()
     except msgspec.DecodeError as error:
-        raise UsageError(f"what was edited is no JSON: {error}; nothing was changed") from None
+        raise UsageError(f"what was edited is no JSON: {error}; nothing was changed", code="OB707") from None
 
 
 def _check(letter: Parked, body: bytes, buses: Sequence[Bus], settings: Settings) -> None:
@@ -167,14 +169,18 @@ def _check(letter: Parked, body: bytes, buses: Sequence[Bus], settings: Settings
     if not classes:
         raise UsageError(
             f"no handler of {', '.join(bus.group for bus in buses)} reads {letter.topic!r} from {letter.origin}, so the body "
-            f"can't be checked; --unchecked sends it all the same"
+            f"can't be checked; --unchecked sends it all the same",
+            code="OB708",
         )
     try:
         event = BodyDecoder(classes[0], limit_bytes=settings.max_body_bytes).decode(body, letter.content_type)
     except MessageError as error:
-        raise UsageError(f"its handler would park it again as {error.reason}: {error}; nothing was changed") from None
+        raise UsageError(
+            f"its handler would park it again as {error.reason}: {error}; nothing was changed", code="OB707"
+        ) from None
     key = event_key(event)
     if key != letter.key:
         raise UsageError(
-            f"its key would change from {letter.key!r} to {key!r}, and with it its place in the order; nothing was changed"
+            f"its key would change from {letter.key!r} to {key!r}, and with it its place in the order; nothing was changed",
+            code="OB707",
         )

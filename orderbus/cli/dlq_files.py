@@ -110,9 +110,9 @@ def writer(file: Path | None) -> Iterator[Callable[[Sequence[Incoming]], None] |
     try:
         stored: BinaryIO = file.open("xb")
     except FileExistsError:
-        raise UsageError(f"{file} is there already; name a new file") from None
+        raise UsageError(f"{file} is there already; name a new file", code="OB612") from None
     except OSError as error:
-        raise UsageError(f"{file} can't be written: {error.strerror}") from None
+        raise UsageError(f"{file} can't be written: {error.strerror}", code="OB612") from None
 
     def keep(deliveries: Sequence[Incoming]) -> None:
         stored.write(b"".join(map(write_record, deliveries)))
@@ -132,7 +132,7 @@ def _read(file: Path, wanted: Wanted) -> dict[str, list[Incoming]]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        raise UsageError(f"{file} can't be read: {error.strerror}") from None
+        raise UsageError(f"{file} can't be read: {error.strerror}", code="OB612") from None
     by_queue: dict[str, list[Incoming]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -140,9 +140,9 @@ def _read(file: Path, wanted: Wanted) -> dict[str, list[Incoming]]:
         try:
             delivery = read_record(line)
         except UsageError as error:
-            raise UsageError(f"{file}, line {number}: {error}; nothing was changed") from None
+            raise UsageError(f"{file}, line {number}: {error.text}; nothing was changed", code=error.code) from None
         if wanted.matches(read_parked(delivery)):
             by_queue.setdefault(delivery.queue, []).append(delivery)
     if not by_queue:
-        raise UsageError(f"{file}: none of its {len(lines)} lines is a letter that was asked for")
+        raise UsageError(f"{file}: none of its {len(lines)} lines is a letter that was asked for", code="OB710")
     return by_queue

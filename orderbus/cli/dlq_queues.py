@@ -10,6 +10,7 @@ from uuid import UUID
 import anyio
 
 from orderbus._core.message import Incoming
+from orderbus._core.naming import nearest
 from orderbus._core.parked import Parked, Wanted
 from orderbus._core.settings import Settings, masked
 from orderbus._core.signing import signing_keys
@@ -37,7 +38,7 @@ class Found:
 def find_queues(targets: Sequence[str]) -> Found:
     """Raises UsageError where none is named, or they are not on one broker."""
     if not targets:
-        raise UsageError("name a bus as MODULE:BUS, for all its queues, or a queue with --queue NAME")
+        raise UsageError("name a bus as MODULE:BUS, for all its queues, or a queue with --queue NAME", code="OB610")
     settings: Settings | None = None
     names: dict[str, None] = {}
     buses: list[Bus] = []
@@ -48,13 +49,15 @@ def find_queues(targets: Sequence[str]) -> Found:
         bus = load_bus(target)
         of_bus = settings_of(bus)
         if settings is not None and settings.broker_url != of_bus.broker_url:
-            raise UsageError(f"{target} is on another broker ({masked(of_bus.broker_url or '')}); look at one broker at a time")
+            raise UsageError(
+                f"{target} is on another broker ({masked(of_bus.broker_url or '')}); look at one broker at a time", code="OB607"
+            )
         settings = of_bus
         buses.append(bus)
         for handler in bus.handlers:
             names[f"{handler.queue}.dlq"] = None
     if not names:
-        raise UsageError(f"{', '.join(targets)}: has no handlers, and so no queues")
+        raise UsageError(f"{', '.join(targets)}: has no handlers, and so no queues", code="OB606")
     return Found(settings or environment_settings(), list(names), buses)
 
 
@@ -64,10 +67,20 @@ def on_each(found: Found, work: Callable[[DeadLetters, str], Awaitable[T]]) -> l
     async def run() -> list[T]:
         async with opened(found.settings) as (broker, letters):
             for name in found.names:
-                await broker.depth(name)
+                await _look_whether_it_is_there(broker, name, found.buses)
             return [await work(letters, name) for name in found.names]
 
     return anyio.run(run)
+
+
+async def _look_whether_it_is_there(broker: Any, name: str, buses: Sequence[Bus]) -> None:
+    try:
+        await broker.depth(name)
+    except UsageError as error:
+        near = nearest(name, [f"{handler.queue}.dlq" for bus in buses for handler in bus.handlers])
+        if near is None or near == name:
+            raise
+        raise UsageError(f"{error.text}; did you mean {near}?", code=error.code) from None
 
 
 @asynccontextmanager
@@ -76,7 +89,8 @@ async def opened(settings: Settings) -> AsyncIterator[tuple[Any, DeadLetters]]:
     if scheme_of(settings.broker_url) == "memory":
         raise UsageError(
             "ORDERBUS_BROKER_URL is memory://: its messages live inside the process that runs the bus, out of reach for any other; "
-            "to look after dead letters from outside, run on RabbitMQ"
+            "to look after dead letters from outside, run on RabbitMQ",
+            code="OB608",
         )
     async with open_broker(settings.broker_url, name="orderbus dlq") as broker:
         yield broker, DeadLetters(broker, window_s=settings.dedupe_window_s, signing=signing_keys(settings.signing_keys))

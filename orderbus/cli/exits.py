@@ -10,7 +10,7 @@ from typing import ParamSpec
 
 import typer
 
-from orderbus.errors import UnavailableError, UsageError
+from orderbus.errors import UnavailableError, UsageError, with_code
 
 P = ParamSpec("P")
 
@@ -37,7 +37,7 @@ def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
             if code is None:
                 raise
             for single in leaves(error):
-                complain(str(single))
+                complain(str(single) if isinstance(single, UsageError) else with_code(str(single), getattr(single, "code", None)))
             raise typer.Exit(code) from None
 
     return wrapped

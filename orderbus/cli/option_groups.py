@@ -91,7 +91,8 @@ class LetterFilter:
         if (self.wanted == Wanted()) is not everything:
             raise UsageError(
                 "say which letters, by --reason, --error, --handler, --id, --key, --header, --since or --before; "
-                "or --all, without any"
+                "or --all, without any",
+                code="OB610",
             )
         return self.wanted
 

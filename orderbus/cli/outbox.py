@@ -60,7 +60,9 @@ class RowFilter:
     def check_chosen(self, everything: bool) -> None:
         """Raises UsageError for neither a filter nor `--all`, and for both."""
         if (self.wanted() == RowsWanted()) is not everything:
-            raise UsageError("say which events, by --topic, --key, --id, --reason or --older-than; or --all, without any")
+            raise UsageError(
+                "say which events, by --topic, --key, --id, --reason or --older-than; or --all, without any", code="OB610"
+            )
 
     @property
     def is_one(self) -> bool:
@@ -204,10 +206,13 @@ async def _discard(desk: OutboxDesk, rows: Sequence[HeldRow], tell: Callable[[He
 def _at_desk(work: Callable[[OutboxDesk], Awaitable[T]]) -> T:
     url = settings_without_broker().database_url
     if url is None:
-        raise UsageError("ORDERBUS_DATABASE_URL is not set; write postgresql://user:password@host:5432/dbname, or embedded")
+        raise UsageError(
+            "ORDERBUS_DATABASE_URL is not set; write postgresql://user:password@host:5432/dbname, or embedded", code="OB609"
+        )
     if scheme_of(url) == "memory":
         raise UsageError(
-            "ORDERBUS_DATABASE_URL is memory://: its rows live inside the process that runs the bus, out of reach for any other"
+            "ORDERBUS_DATABASE_URL is memory://: its rows live inside the process that runs the bus, out of reach for any other",
+            code="OB608",
         )
 
     async def run() -> T:

@@ -112,7 +112,7 @@ def _backend(loop: Loop) -> tuple[str, dict[str, Any]]:
         loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
     for needed in ("uvloop", "trio"):
         if loop == needed and importlib.util.find_spec(needed) is None:
-            raise UsageError(f"--loop {needed} needs the package {needed}: pip install 'orderbus[{needed}]'")
+            raise UsageError(f"--loop {needed} needs the package {needed}: pip install 'orderbus[{needed}]'", code="OB108")
     return ("trio", {}) if loop == "trio" else ("asyncio", {"use_uvloop": loop == "uvloop"})
 
 
@@ -121,5 +121,6 @@ def _check_memory_is_shared(buses: Sequence[Bus]) -> None:
     alone = [bus.group for bus in buses if settings_of(bus).broker_url == "memory://"]
     if len(buses) > 1 and alone:
         raise UsageError(
-            f"{', '.join(alone)}: at memory:// each bus has a broker of its own; set ORDERBUS_BROKER_URL=memory://NAME to share one"
+            f"{', '.join(alone)}: at memory:// each bus has a broker of its own; set ORDERBUS_BROKER_URL=memory://NAME to share one",
+            code="OB112",
         )

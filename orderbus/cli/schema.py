@@ -94,8 +94,10 @@ async def _upkeep() -> str:
 async def _database() -> AsyncIterator[tuple[str, Any]]:
     url = settings_without_broker().database_url
     if url is None:
-        raise UsageError("ORDERBUS_DATABASE_URL is not set; write postgresql://user:password@host:5432/dbname, or embedded")
+        raise UsageError(
+            "ORDERBUS_DATABASE_URL is not set; write postgresql://user:password@host:5432/dbname, or embedded", code="OB609"
+        )
     if scheme_of(url) == "memory":
-        raise UsageError("ORDERBUS_DATABASE_URL=memory:// keeps its rows inside one process and has no schema")
+        raise UsageError("ORDERBUS_DATABASE_URL=memory:// keeps its rows inside one process and has no schema", code="OB608")
     async with open_store(url, name="orderbus schema", pool_size=1) as store:
         yield masked(url), store

@@ -82,7 +82,7 @@ def top(
     buses = load_buses(targets)
     handlers = [handler for bus in buses for handler in bus.handlers]
     if not handlers:
-        raise UsageError(f"{', '.join(targets)}: has no handlers, and so nothing to look at")
+        raise UsageError(f"{', '.join(targets)}: has no handlers, and so nothing to look at", code="OB606")
     looking = Looking([settings_of(bus) for bus in buses], handlers)
     if once or not sys.stdout.isatty():
         anyio.run(_once, looking, reasons, as_json)
@@ -98,11 +98,12 @@ class Looking:
         first = settings[0]
         for other in settings[1:]:
             if (other.broker_url, other.database_url) != (first.broker_url, first.database_url):
-                raise UsageError("the buses are on different brokers or databases; look at one at a time")
+                raise UsageError("the buses are on different brokers or databases; look at one at a time", code="OB607")
         assert first.broker_url is not None
         if scheme_of(first.broker_url) == "memory":
             raise UsageError(
-                "ORDERBUS_BROKER_URL is memory://: its messages live inside the process that runs the bus, out of reach for any other"
+                "ORDERBUS_BROKER_URL is memory://: its messages live inside the process that runs the bus, out of reach for any other",
+                code="OB608",
             )
         self._broker_url = first.broker_url
         self._database_url = first.database_url

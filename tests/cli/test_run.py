@@ -199,6 +199,8 @@ def test_all_wrong_settings_are_told_at_once(project: Project) -> None:
         ("{module}", "is not MODULE:BUS"),
         ("{module}:", "is not MODULE:BUS"),
         ("nowhere:bus", "there is no module 'nowhere'"),
+        ("{module}s:bus", "did you mean {module}?"),
+        ("policy:bus", "attempts must be a whole number from 1 to 1000, not 0 ({folder}/policy.py:2) [OB315: https://"),
         ("{module}.below:bus", "there is no module '{module}.below'"),
         ("broken:bus", "module broken can't be imported: ZeroDivisionError: division by zero (" + "{folder}/broken.py:3)"),
         ("unparsed:bus", "module unparsed can't be imported: SyntaxError"),
@@ -211,6 +213,7 @@ def test_a_bus_that_can_not_be_had(project: Project, target: str, message: str) 
     project.write("bus = None\ndef f():\n    return 1 / 0\nf()", "broken")
     project.write("bus = (", "unparsed")
     project.write("import not_installed", "lacking")
+    project.write("from orderbus import Retry\nRetry.fixed(1, attempts=0)", "policy")
     project.write(
         """
         from orderbus import Bus, Event

@@ -31,6 +31,28 @@ def test_outbox_rolls_back_without_a_ghost_and_applies_each_payment_once(folder:
     assert lines[1].startswith("payments: [1, 2, 3], each once; tried again: 1, ")
 
 
+def test_retry_tries_again_what_is_worth_it_and_parks_the_rest_with_its_reason(folder: Path) -> None:
+    text = run_program(ROOT / "examples" / "03_retry_and_dlq.py", folder)
+
+    assert "CardRefused       1         parked\nException         4         50 ms, 100 ms, 200 ms, parked\n" in text
+    assert [text.count(f"order {number}: try ") for number in range(1, 6)] == [2, 2, 1, 1, 4]
+    assert text.endswith("handled: 2, tried again: 5, parked: negative-amount, never-retried, retries-exhausted\n")
+
+
+def test_ordered_keeps_each_key_in_order_over_its_retries_while_the_other_goes_on(folder: Path) -> None:
+    lines = run_program(ROOT / "examples" / "04_ordered.py", folder).splitlines()
+
+    assert [line for line in lines if line[0] == "A"] == [*["A: placing fails"] * 2, "A: placed", "A: cancelled"]
+    assert [line for line in lines if line[0] == "B"] == ["B: placed", "B: cancelled"]
+    assert lines.index("B: cancelled") < lines.index("A: placed")
+
+
+def test_trio_runs_handlers_as_trio_does(folder: Path) -> None:
+    lines = run_program(ROOT / "examples" / "05_trio.py", folder).splitlines()
+
+    assert lines == ["order 1: box", "order 1: label", "order 2: box", "order 2: label", "parked: 1, a clean stop: True"]
+
+
 def test_simulate_finds_the_bug_of_the_careless_shop_and_none_in_the_other(folder: Path) -> None:
     lines = run_program(ROOT / "examples" / "07_simulate.py", folder).splitlines()
 

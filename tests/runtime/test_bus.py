@@ -64,11 +64,14 @@ async def test_what_can_not_be_emitted_is_refused_when_it_is_emitted(world: Worl
 
     async with bus, bus.transaction() as tx:
         for event, text in [
-            (Placed(order="a" * 201), r"event Placed: its key is 201 bytes; at most 200"),
+            (Placed(order="a" * 201), r"event Placed \(.*\.py:\d+\): its key is 201 bytes; at most 200"),
             (Placed(order="lone \udcff"), "event Placed"),
             (Placed(order="nul \0"), "event Placed"),
-            (Noted(text="x" * 2000), r"event Noted is 20\d\d bytes, more than the limit of 1024 \(ORDERBUS_MAX_BODY_BYTES\)"),
-            (Bare(n=1), "event class Bare has no topic"),
+            (
+                Noted(text="x" * 2000),
+                r"event Noted \(.*\.py:\d+\) is 20\d\d bytes, more than the limit of 1024 \(ORDERBUS_MAX_BODY_BYTES\)",
+            ),
+            (Bare(n=1), r"event class Bare \(.*test_bus\.py:\d+\) has no topic"),
             ("orders.placed", "is not an event class"),
             (Placed, "is not an event class"),
         ]:

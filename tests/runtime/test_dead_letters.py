@@ -132,7 +132,7 @@ async def test_an_empty_queue_is_an_empty_listing(broker: Broker, queue: str) ->
 
 
 async def test_a_queue_that_is_consumed_is_not_looked_into(broker: Broker, queue: str) -> None:
-    with pytest.raises(UsageError, match=r"not a dead letter queue"):
+    with pytest.raises(UsageError, match=rf"not a dead letter queue; did you mean '{queue}\.dlq'\?"):
         await DeadLetters(broker).list(queue)
 
 

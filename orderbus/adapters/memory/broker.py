@@ -15,6 +15,7 @@ import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from orderbus._core.message import Incoming, Outgoing, Receipt
+from orderbus._core.naming import nearest
 from orderbus._core.topology import Topology
 from orderbus.adapters.memory.queue import MESSAGE_OVERHEAD_BYTES, MemoryQueue, Stored
 from orderbus.adapters.memory.routing import Router
@@ -114,7 +115,9 @@ class MemoryBroker:
     async def subscribe(self, queue: str, *, prefetch: int) -> AsyncIterator[MemorySubscription]:
         """Consume a queue. Raises UnavailableError where it does not exist, and UsageError for a wrong prefetch."""
         if not 1 <= prefetch <= MAX_PREFETCH:
-            raise UsageError(f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all")
+            raise UsageError(
+                f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all", code="OB507"
+            )
         await checkpoint()
         source = self._queues.get(queue)
         if source is None:
@@ -231,7 +234,9 @@ class MemoryBroker:
     def _queue(self, name: str) -> MemoryQueue:
         queue = self._queues.get(name)
         if queue is None:
-            raise UsageError(f"there is no queue {name!r}: apply the topology that declares it first")
+            near = nearest(name, self._queues)
+            fix = f"did you mean {near!r}?" if near else "apply the topology that declares it first"
+            raise UsageError(f"there is no queue {name!r}: {fix}", code="OB505")
         return queue
 
     def _route(self, exchange: str, routing_key: str) -> tuple[MemoryQueue, ...]:

@@ -114,5 +114,6 @@ def _refuse_dangling(binding: Binding, exchanges: set[str], queues: set[str]) ->
     for kind, name, known in (("exchange", binding.exchange, exchanges), ("queue", binding.queue, queues)):
         if name not in known:
             raise UsageError(
-                f"the binding {binding.exchange!r} -> {binding.queue!r} needs the {kind} {name!r}: declare it with the binding"
+                f"the binding {binding.exchange!r} -> {binding.queue!r} needs the {kind} {name!r}: declare it with the binding",
+                code="OB506",
             )

@@ -61,7 +61,8 @@ class SharedByName(Generic[T]):
             elif entry.home != home:
                 raise UsageError(
                     f"{url} is open in another event loop or thread, and a memory {self._what} can't be shared between them: "
-                    f"use another name there, or run everything that shares it in one event loop"
+                    f"use another name there, or run everything that shares it in one event loop",
+                    code="OB107",
                 )
             entry.openers += 1
             return entry
@@ -83,5 +84,7 @@ class _Entry(Generic[T]):
 def _name_in(url: str, what: str) -> str:
     parts = urlsplit(url)
     if parts.scheme != "memory" or parts.path.strip("/") or parts.query or parts.fragment:
-        raise UsageError(f"{url!r} is no URL of a memory {what}: write memory:// for a private one, memory://NAME to share it")
+        raise UsageError(
+            f"{url!r} is no URL of a memory {what}: write memory:// for a private one, memory://NAME to share it", code="OB106"
+        )
     return parts.netloc

@@ -74,7 +74,7 @@ class MemoryStore:
 
     def enlist(self, connection: Any) -> MemoryTransaction:
         """Raises UsageError: there is no connection to enlist."""
-        raise UsageError(_NO_SQL)
+        raise UsageError(_NO_SQL, code="OB408")
 
     async def check(self) -> None:
         """There is no schema that could be missing."""
@@ -143,11 +143,11 @@ class MemoryTransaction:
     @property
     def connection(self) -> Any:
         """Raises UsageError: there is no connection."""
-        raise UsageError(_NO_SQL)
+        raise UsageError(_NO_SQL, code="OB408")
 
     async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
         """Raises UsageError: there is no SQL."""
-        raise UsageError(_NO_SQL)
+        raise UsageError(_NO_SQL, code="OB408")
 
     async def commit(self, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow], forget: Sequence[InboxEntry] = ()) -> None:
         """Make the inbox entries and the emitted rows visible at once.
@@ -156,10 +156,12 @@ class MemoryTransaction:
         ended before, UnavailableError where the outbox is full.
         """
         if self.ended.is_set():
-            raise UsageError("the transaction has ended; use tx only inside the handler or block that it was given to")
+            raise UsageError(
+                "the transaction has ended; use tx only inside the handler or block that it was given to", code="OB405"
+            )
         try:
             if deferred:
-                raise UsageError(_NO_SQL)
+                raise UsageError(_NO_SQL, code="OB408")
             await checkpoint()
             self._store._commit(self, emitted, forget)
         finally:

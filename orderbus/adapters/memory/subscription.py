@@ -151,7 +151,9 @@ class MemorySubscription:
     async def _wait(self) -> None:
         """Until somebody wakes us or the next message of the broker expires: waiting consumers are its only clock."""
         if self._event is not None:
-            raise UsageError(f"two tasks receive from one subscription of {self._queue.name!r}; let one receive and hand on")
+            raise UsageError(
+                f"two tasks receive from one subscription of {self._queue.name!r}; let one receive and hand on", code="OB508"
+            )
         self._event = anyio.Event()
         self._queue.waiting[self] = None
         try:

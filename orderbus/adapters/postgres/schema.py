@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 
 from orderbus.adapters.postgres.partitions import create_partitions
+from orderbus.adapters.postgres.pool import where_of
 from orderbus.errors import UsageError
 
 __all__ = ["apply", "check", "schema_sql", "versions"]
@@ -32,7 +33,7 @@ async def apply(connection: Connection) -> list[int]:
         await connection.execute(_BEGINNING)
         present = await _present(connection)
         known = versions()
-        _refuse_newer(present, known[-1][0])
+        _refuse_newer(where_of(connection.info.dsn), present, known[-1][0])
         applied = [version for version, _ in known if version > present]
         for version, sql in known:
             if version > present:
@@ -47,10 +48,11 @@ async def check(connection: Connection) -> None:
     row = await cursor.fetchone()
     present = await _present(connection) if row and row[0] else 0
     wanted = versions()[-1][0]
-    _refuse_newer(present, wanted)
+    where = where_of(connection.info.dsn)
+    _refuse_newer(where, present, wanted)
     if present < wanted:
         what = f"is of version {present}; this orderbus needs {wanted}" if present else "is missing"
-        raise UsageError(f"the database schema orderbus {what}; run `orderbus schema apply`")
+        raise UsageError(f"{where}: the database schema orderbus {what}; run `orderbus schema apply`", code="OB502")
 
 
 def versions() -> list[tuple[int, str]]:
@@ -81,8 +83,9 @@ async def _present(connection: Connection) -> int:
     return int(row[0]) if row else 0
 
 
-def _refuse_newer(present: int, wanted: int) -> None:
+def _refuse_newer(where: str, present: int, wanted: int) -> None:
     if present > wanted:
         raise UsageError(
-            f"the database schema orderbus is of version {present}, this orderbus knows {wanted}; install a newer orderbus"
+            f"{where}: the database schema orderbus is of version {present}, this orderbus knows {wanted}; install a newer orderbus",
+            code="OB503",
         )

@@ -41,7 +41,7 @@ async def open_store(
     Raises UnavailableError, naming host, port and database, when the server can't be reached within `connect_s`.
     """
     if pool_size < 1:
-        raise UsageError(f"pool_size={pool_size}: at least 1")
+        raise UsageError(f"pool_size={pool_size}: at least 1", code="OB113")
     conninfo = conninfo_for(
         await start_embedded(url) if is_embedded(url) else url,
         name=name,
@@ -135,7 +135,8 @@ async def _require_ownership(connection: Any, where: str) -> None:
     row = await (await connection.execute(_IS_OWNER)).fetchone()
     if not row[0]:
         raise UsageError(
-            f"{where}: the role {row[1]} does not own orderbus.inbox; let its owner run `orderbus schema upkeep` daily"
+            f"{where}: the role {row[1]} does not own orderbus.inbox; let its owner run `orderbus schema upkeep` daily",
+            code="OB504",
         )
 
 

@@ -61,7 +61,9 @@ class PostgresTransaction:
 
     def _connection(self) -> Connection:
         if self._open is None:
-            raise UsageError("the transaction has ended; use tx only inside the handler or block that it was given to")
+            raise UsageError(
+                "the transaction has ended; use tx only inside the handler or block that it was given to", code="OB405"
+            )
         return self._open
 
     async def execute(self, sql: str, params: Any) -> tuple[Sequence[tuple[Any, ...]], int]:
@@ -132,9 +134,11 @@ class EnlistedTransaction:
 
     def __init__(self, connection: Connection, *, where: str, limit_s: float) -> None:
         if not isinstance(connection, psycopg.AsyncConnection):
-            raise UsageError(f"enlist takes a psycopg.AsyncConnection, not {type(connection).__name__}")
+            raise UsageError(f"enlist takes a psycopg.AsyncConnection, not {type(connection).__name__}", code="OB409")
         if connection.autocommit and connection.pgconn.transaction_status == TransactionStatus.IDLE:
-            raise UsageError("enlist takes a connection in a transaction; put `async with connection.transaction():` around it")
+            raise UsageError(
+                "enlist takes a connection in a transaction; put `async with connection.transaction():` around it", code="OB409"
+            )
         register(connection)
         self.connection = connection
         self._where = where
@@ -146,7 +150,7 @@ class EnlistedTransaction:
 
     async def commit(self, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow], forget: Sequence[InboxEntry] = ()) -> None:
         if forget:
-            raise UsageError("an enlisted transaction has no inbox entries to forget")
+            raise UsageError("an enlisted transaction has no inbox entries to forget", code="OB409")
         async with limited(self._where, self._limit_s), self.connection.pipeline():
             await _insert(self.connection, deferred, emitted)
 
@@ -243,7 +247,7 @@ def _check_open(connection: Connection) -> None:
             "or run what may fail inside `async with tx.connection.transaction():`"
         )
     if status == TransactionStatus.IDLE:
-        raise UsageError("the handler ended the transaction itself; leave commit and rollback to orderbus")
+        raise UsageError("the handler ended the transaction itself; leave commit and rollback to orderbus", code="OB410")
 
 
 _LEAVES_STATEMENTS = re.compile("SELECT|INSERT|UPDATE|DELETE|MERGE|LOCK|SET|COPY").match

@@ -106,7 +106,9 @@ class RabbitBroker:
         Raises UnavailableError, naming the queue, where it does not exist.
         """
         if not 1 <= prefetch <= MAX_PREFETCH:
-            raise UsageError(f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all")
+            raise UsageError(
+                f"prefetch={prefetch} for queue {queue!r}: use 1 to {MAX_PREFETCH}; 0 would mean no bound at all", code="OB507"
+            )
         connection = await self._consuming_connection()
         keeps_order = queue not in self._plain_queues
         subscription = Subscription(
@@ -124,7 +126,8 @@ class RabbitBroker:
         ready = await ready_count(connection, queue)
         if ready is None:
             raise UsageError(
-                f"there is no queue {queue!r} at {connection.address.shown}; open the bus that consumes it once, and it is declared"
+                f"there is no queue {queue!r} at {connection.address.shown}; open the bus that consumes it once, and it is declared",
+                code="OB505",
             )
         return ready
 
@@ -158,7 +161,7 @@ class RabbitBroker:
 
     async def _connect(self, purpose: str) -> Connection:
         if self._is_closed:
-            raise UsageError("the broker is closed: use it inside its `async with`")
+            raise UsageError("the broker is closed: use it inside its `async with`", code="OB412")
         connection = await connect_to_one(self._addresses, f"{self._name} ({purpose})", self._connect_s)
         self._addresses = _beginning_at(self._addresses.index(connection.address), self._addresses)
         return connection

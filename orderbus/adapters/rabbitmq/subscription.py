@@ -323,7 +323,9 @@ class Subscription:
     async def _wait(self) -> None:
         """Until a delivery arrives where there was none, room appears where there was none, or the consumer is gone."""
         if self._waiter is not None:
-            raise UsageError(f"two tasks receive from one subscription of {self._queue!r}; let one task receive and hand on")
+            raise UsageError(
+                f"two tasks receive from one subscription of {self._queue!r}; let one task receive and hand on", code="OB508"
+            )
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter

@@ -25,15 +25,16 @@ def place_of(url: str) -> str:
     try:
         given: Mapping[str, Any] = parse_url(url)
     except ValueError:
-        raise UsageError(_SHAPE) from None
+        raise UsageError(_SHAPE, code="OB105") from None
     server = given.get("path") or f"{given.get('host', 'localhost')}:{given.get('port', 6379)}"
     place = f"{server}/{given.get('db', 0)}"
     if given.get("ssl_cert_reqs", "required") != "required" or not given.get("ssl_check_hostname", True):
         raise UsageError(
             f"the Redis URL for {place} asks not to check the server's certificate, which is refused: "
-            "name the issuer of its certificate with ssl_ca_certs= instead"
+            "name the issuer of its certificate with ssl_ca_certs= instead",
+            code="OB103",
         )
     for option in _FILES:
         if option in given and not Path(given[option]).is_file():
-            raise UsageError(f"the Redis URL for {place}: {option}={given[option]}: there is no such file")
+            raise UsageError(f"the Redis URL for {place}: {option}={given[option]}: there is no such file", code="OB105")
     return place

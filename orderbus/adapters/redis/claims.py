@@ -100,7 +100,7 @@ async def open_claims(
             retry=Retry(NoBackoff(), 1),  # one more try: a connection of the pool may have been closed while it rested
         )
     except (ValueError, TypeError):
-        raise UsageError("the Redis URL can't be read; write redis://user:password@host:6379/0") from None
+        raise UsageError("the Redis URL can't be read; write redis://user:password@host:6379/0", code="OB105") from None
     client = Redis(connection_pool=pool)
     try:
         yield RedisClaims(client, prefix=prefix, where=where, limit_s=call_s)

@@ -212,7 +212,7 @@ def parse(schedule: str) -> tuple[int, list[Decision] | None]:
     """The seed and the decisions of a schedule; None for a seed alone, which draws its own. Raises UsageError for another text."""
     seed, *words = schedule.split() or [""]
     if not seed.lstrip("-").isdigit():
-        raise UsageError(f"a schedule begins with its seed, a whole number, not with {seed!r}")
+        raise UsageError(f"a schedule begins with its seed, a whole number, not with {seed!r}", code="OB902")
     if not words:
         return int(seed), None
     decisions = []
@@ -224,7 +224,8 @@ def parse(schedule: str) -> tuple[int, list[Decision] | None]:
             fault = Fault(match["fault"])
         except ValueError:
             raise UsageError(
-                f"{word!r} is no decision of a schedule: process/operation/n:fault or process/operation/n:fault=value"
+                f"{word!r} is no decision of a schedule: process/operation/n:fault or process/operation/n:fault=value",
+                code="OB902",
             ) from None
         decisions.append(Decision(match["process"], match["operation"], int(match["n"]), fault, float(match["value"] or 0)))
     return int(seed), decisions

@@ -147,7 +147,7 @@ class World:
             self.claims = MemoryClaims()
             scenario(self)
             if not self._processes:
-                raise UsageError("the scenario runs no process; call world.process(bus) in it")
+                raise UsageError("the scenario runs no process; call world.process(bus) in it", code="OB903")
             self.store.answer = self._answer
             for process in self._processes:
                 process.start()
