@@ -319,7 +319,7 @@ class Bus:
     @property
     def claims(self) -> Claims:
         """The claims keeper (Redis) of the open bus, for idempotency keys of your own. UsageError where there is none."""
-        return self._open.claims
+        return self._open.servers.claims
 
     @property
     def stats(self) -> Stats:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import anyio
-import sniffio
 
 from orderbus._core.codec import Format
 from orderbus._core.handler import Handler, Periodic, Plan, queue_needs
@@ -19,27 +18,23 @@ from orderbus._core.message import Receipt
 from orderbus._core.settings import Settings
 from orderbus._core.signing import signing_keys
 from orderbus._core.topology import topology_for
-from orderbus._core.work import Route, check_tx_result
-from orderbus._runtime.calling import no_stray_cancellation
+from orderbus._core.work import Route
 from orderbus._runtime.consumer import Consumer, Environment, Middleware
 from orderbus._runtime.group_commit import GroupCommit
 from orderbus._runtime.guard import Caller, ClaimsGuard, Guard, InboxGuard, NoGuard
 from orderbus._runtime.metrics import meters
-from orderbus._runtime.opening import asyncio_only, open_broker, open_claims, open_store
-from orderbus._runtime.portal import Portal, PortalBroker, PortalClaims, PortalStore, open_portal
 from orderbus._runtime.relay import Relay, publish_rows
+from orderbus._runtime.servers import Servers
 from orderbus._runtime.starting import starting
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tracing import Tracing, outside
 from orderbus._runtime.tx import Encoding, Tx
-from orderbus.abc import Backlog, Broker, Claims, OutboxRow, Store
+from orderbus._runtime.upkeep import Repetition, look_at_the_outbox, maintain
+from orderbus.abc import OutboxRow
 from orderbus.errors import UnavailableError, UsageError
 
 log = logging.getLogger("orderbus")
 
-T = TypeVar("T")
-MAINTENANCE_EVERY_S = 3600.0
-MEASURE_EVERY_S = 5.0
 CANCELLED_GRACE_S = 5.0
 
 
@@ -70,10 +65,7 @@ class Engine:
         self._stack = AsyncExitStack()
         self._host = anyio.create_task_group()
         self._life = anyio.CancelScope(shield=True)
-        self._store: Store | None = None
-        self._claims: Claims | None = None
-        self._broker: Broker | None = None
-        self._portal: Portal | None = None
+        self.servers = Servers(group, settings, clock)
         self._commits: GroupCommit | None = None
         self._commits_done = anyio.Event()
         self._consumers: list[tuple[Consumer, anyio.Event]] = []
@@ -92,7 +84,7 @@ class Engine:
 
     async def __aenter__(self) -> Engine:
         async with AsyncExitStack() as stack:
-            await self._open_adapters(stack)
+            await self.servers.open(stack)
             await stack.enter_async_context(self._host)
             failure: Exception | None = None
             try:
@@ -131,48 +123,15 @@ class Engine:
                 lives.set()
                 await anyio.sleep_forever()
 
-    async def _open_adapters(self, stack: AsyncExitStack) -> None:
-        settings = self._settings
-        assert settings.broker_url is not None
-        with starting(self.group, "to connect to the broker", self._clock):
-            broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self.group))
-        self._broker = PortalBroker(self._portal, broker) if self._portal and self._crosses(settings.broker_url) else broker
-        database_url = settings.database_url
-        if database_url is None and settings.broker_url.startswith("memory:"):
-            database_url = settings.broker_url
-        if database_url is not None:
-            with starting(self.group, "to connect to the database and to look at its schema", self._clock):
-                store = await self._enter(
-                    stack, database_url, open_store(database_url, name=self.group, pool_size=settings.pool_size)
-                )
-                self._store = PortalStore(self._portal, store) if self._portal and self._crosses(database_url) else store
-                await self.store.check()
-        redis_url = settings.redis_url
-        if redis_url is None and settings.broker_url.startswith("memory:"):
-            redis_url = settings.broker_url
-        if redis_url is not None:
-            claims = await self._enter(stack, redis_url, open_claims(redis_url, prefix=settings.redis_prefix))
-            self._claims = PortalClaims(self._portal, claims) if self._portal and self._crosses(redis_url) else claims
-
-    async def _enter(self, stack: AsyncExitStack, url: str, manager: AbstractAsyncContextManager[T]) -> T:
-        if not self._crosses(url):
-            return await stack.enter_async_context(manager)
-        if self._portal is None:
-            self._portal = await stack.enter_async_context(open_portal())
-        return await stack.enter_async_context(self._portal.entered(manager))
-
-    def _crosses(self, url: str) -> bool:
-        return asyncio_only(url) and sniffio.current_async_library() == "trio"
-
     async def _start(self) -> None:
         needs = queue_needs([handler for handler, _ in self._plans])
         topology = topology_for(needs)
         with starting(self.group, "to declare its queues", self._clock):
-            await self.broker.apply(topology)
+            await self.servers.broker.apply(topology)
         caller = Caller(self._resources, self.tracing)
         guards = {handler.consumer: self._guard(handler, caller, plan) for handler, plan in self._plans}
         env = Environment(
-            self.broker,
+            self.servers.broker,
             topology,
             self._clock,
             self._rng,
@@ -193,18 +152,34 @@ class Engine:
             consumer, done = Consumer(need, routes, guards, env), anyio.Event()
             self._consumers.append((consumer, done))
             self._tasks.start_soon(_ending, consumer.run, done, name=f"consumer {need.name}")
-        if self._store is not None:
-            self._tasks.start_soon(self._maintain, name="maintenance")
+        if self.servers.has_store:
+            self._tasks.start_soon(maintain, self.servers.store, self._settings.dedupe_window_s, name="maintenance")
             if self._settings.relay is not False:
                 owner = f"{self.group}-{uuid4().hex[:12]}"
                 self._relay = Relay(
-                    self._store.outbox, self.broker, self._settings, self.stats, owner, self._rng, self.tracing, self.metrics
+                    self.servers.store.outbox,
+                    self.servers.broker,
+                    self._settings,
+                    self.stats,
+                    owner,
+                    self._rng,
+                    self.tracing,
+                    self.metrics,
                 )
                 self._tasks.start_soon(_ending, self._relay.run, self._relay_done, name="relay")
                 if self.metrics.records:
-                    self._tasks.start_soon(self._look_at_the_outbox, self._relay, name="outbox metrics")
+                    self._tasks.start_soon(look_at_the_outbox, self._relay, self.stats, name="outbox metrics")
         for periodic, plan in self._periodics:
-            self._tasks.start_soon(self._repeat, periodic, plan, name=periodic.place)
+            repetition = Repetition(
+                periodic,
+                plan,
+                transaction=self.transaction,
+                resources=self._resources,
+                is_draining=lambda: self.draining,
+                tracing=self.tracing,
+                stats=self.stats,
+            )
+            self._tasks.start_soon(repetition.run, name=periodic.place)
         for consumer, _ in self._consumers:
             await consumer.consuming.wait()
         self.metrics.watch(self)
@@ -212,8 +187,8 @@ class Engine:
     def _guard(self, handler: Handler, caller: Caller, plan: Plan) -> Guard:
         kind = handler.options.guard
         if kind is None:
-            kind = "inbox" if self._store is not None else "claims"
-        if self._store is None and (plan.needs_tx or kind == "inbox"):
+            kind = "inbox" if self.servers.has_store else "claims"
+        if not self.servers.has_store and (plan.needs_tx or kind == "inbox"):
             raise UsageError(
                 f"{handler.place}: needs a database for its Tx, its events or its inbox; set ORDERBUS_DATABASE_URL", code="OB403"
             )
@@ -225,14 +200,14 @@ class Engine:
                 )
             return NoGuard(caller)
         if kind == "claims":
-            if self._claims is None:
+            if not self.servers.has_claims:
                 raise UsageError(
                     f"{handler.place}: nothing guards it against being handled twice; set ORDERBUS_REDIS_URL or "
                     f'ORDERBUS_DATABASE_URL, or say guard="none"',
                     code="OB404",
                 )
-            return ClaimsGuard(self._claims, caller, keep_s=self._settings.dedupe_window_s)
-        return InboxGuard(self.store, caller, self.encoding, self.tracing, self._emitted)
+            return ClaimsGuard(self.servers.claims, caller, keep_s=self._settings.dedupe_window_s)
+        return InboxGuard(self.servers.store, caller, self.encoding, self.tracing, self._emitted)
 
     # Stopping
 
@@ -313,7 +288,7 @@ class Engine:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Tx]:
         with self.tracing.database("BEGIN"):
-            tx = Tx(await self.store.begin(), self.encoding, self.tracing)
+            tx = Tx(await self.servers.store.begin(), self.encoding, self.tracing)
         try:
             yield tx
             with self.tracing.database("COMMIT"):
@@ -327,7 +302,7 @@ class Engine:
 
     @asynccontextmanager
     async def enlist(self, connection: Any) -> AsyncIterator[Tx]:
-        tx = Tx(self.store.enlist(connection), self.encoding, self.tracing)
+        tx = Tx(self.servers.store.enlist(connection), self.encoding, self.tracing)
         try:
             yield tx
             await tx._commit()
@@ -337,7 +312,7 @@ class Engine:
         self._emitted(len(tx._emitted))
 
     async def publish_rows(self, rows: Sequence[OutboxRow]) -> Sequence[Receipt]:
-        receipts = await publish_rows(self.broker, rows, self.tracing, self.metrics) if rows else ()
+        receipts = await publish_rows(self.servers.broker, rows, self.tracing, self.metrics) if rows else ()
         self.stats.published += sum(receipt is Receipt.CONFIRMED for receipt in receipts)
         return receipts
 
@@ -345,26 +320,9 @@ class Engine:
         if self.draining:
             raise UnavailableError(f"the bus {self.group!r} is draining")
         if self._commits is None:
-            self._commits = GroupCommit(self.store, self.encoding, self.tracing, self._committed)
+            self._commits = GroupCommit(self.servers.store, self.encoding, self.tracing, self._committed)
             self._tasks.start_soon(_ending, self._commits.run, self._commits_done, name="group commit")
         return self._commits
-
-    @property
-    def store(self) -> Store:
-        if self._store is None:
-            raise UsageError(f"the bus {self.group!r} has no database; set ORDERBUS_DATABASE_URL", code="OB403")
-        return self._store
-
-    @property
-    def broker(self) -> Broker:
-        assert self._broker is not None
-        return self._broker
-
-    @property
-    def claims(self) -> Claims:
-        if self._claims is None:
-            raise UsageError(f"the bus {self.group!r} has no claims keeper; set ORDERBUS_REDIS_URL", code="OB404")
-        return self._claims
 
     def _emitted(self, count: int) -> None:
         self.stats.emitted += count
@@ -376,57 +334,6 @@ class Engine:
     def _wake_relay(self) -> None:
         if self._relay is not None:
             self._relay.wake()
-
-    async def _repeat(self, periodic: Periodic, plan: Plan) -> None:
-        outside()
-        while True:
-            await anyio.sleep(periodic.every_s)
-            if self.draining:
-                return
-            try:
-                with (
-                    self.tracing.periodic(periodic.place),
-                    anyio.fail_after(periodic.timeout_s),
-                    no_stray_cancellation(periodic.place),
-                ):
-                    await self._once(periodic, plan)
-            except Exception:  # the next round comes all the same; this one is rolled back
-                self.stats.failed += 1
-                log.exception("%s failed; again in %g s", periodic.place, periodic.every_s)
-
-    async def _once(self, periodic: Periodic, plan: Plan) -> None:
-        if not plan.needs_tx:
-            result = await periodic.function(*(self._resources[kind] for kind in plan.arguments if isinstance(kind, type)))
-            if events := check_tx_result(result, periodic.place):
-                async with self.transaction() as tx:
-                    for event in events:
-                        tx.emit(event)
-            return
-        async with self.transaction() as tx:
-            arguments = [tx if source == "tx" else self._resources[source] for source in plan.arguments]  # type: ignore[index]
-            for event in check_tx_result(await periodic.function(*arguments), periodic.place):
-                tx.emit(event)
-
-    async def _look_at_the_outbox(self, relay: Relay) -> None:
-        while True:
-            try:
-                self.stats.outbox = await relay.measure()
-            except UnavailableError as error:
-                log.debug("the outbox can't be measured: %s", error)
-                if (last := self.stats.outbox) is not None and last.waiting:  # and so they go on waiting
-                    self.stats.outbox = Backlog(last.waiting, last.oldest_s + MEASURE_EVERY_S, last.stuck)
-            await anyio.sleep(MEASURE_EVERY_S)
-
-    async def _maintain(self) -> None:
-        while True:
-            try:
-                await self.store.maintain(self._settings.dedupe_window_s)
-            except UnavailableError as error:
-                log.warning("the upkeep of inbox and outbox waits for the next hour: %s", error)
-            except UsageError as error:
-                log.info("this process leaves the upkeep of inbox and outbox to another: %s", error)
-                return
-            await anyio.sleep(MAINTENANCE_EVERY_S)
 
 
 def _system(url: str | None) -> str:
