@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
@@ -77,7 +78,7 @@ class Settings:
             elif text.strip():
                 values[field] = text.strip()
         values |= {} if given is None else {name: getattr(given, name) for name in given.__dict__["_given"]}
-        types = get_type_hints(cls, include_extras=True)
+        types = _types()
         checked: dict[str, Any] = {}
         for name, value in values.items():
             try:
@@ -120,6 +121,11 @@ class Settings:
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={_shown(name, getattr(self, name))}" for name in (field.name for field in fields(self)))
         return f"Settings({shown})"
+
+
+@functools.cache
+def _types() -> Mapping[str, Any]:
+    return get_type_hints(Settings, include_extras=True)
 
 
 def masked(url: str) -> str:

@@ -10,13 +10,13 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Literal, NamedTuple, Protocol
 
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from orderbus._runtime.stats import Stats
+from orderbus._runtime.tracing import library_version
 
 __all__ = ["Metrics", "Observable", "meters"]
 
@@ -130,7 +130,7 @@ class Metrics:
     def __init__(self, provider: MeterProvider) -> None:
         self.records = not type(provider).__module__.startswith("opentelemetry.metrics")
         """Whether an SDK is installed: those of the API itself record nothing."""
-        meter = provider.get_meter("orderbus", version("orderbus"))
+        meter = provider.get_meter("orderbus", library_version())
         self._lock = threading.Lock()
         self._buses: set[Observable] = set()
         self._ended: dict[str, Counter[frozenset[tuple[str, str | bool]]]] = {}

@@ -7,6 +7,7 @@ docs/telemetry.md lists the spans and their attributes.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,13 +29,19 @@ if TYPE_CHECKING:
     from orderbus._core.work import Work
     from orderbus.abc import OutboxRow
 
-__all__ = ["CAUSE", "Tracing", "current_span", "current_trace", "inside", "outside", "spans_of"]
+__all__ = ["CAUSE", "Tracing", "current_span", "current_trace", "inside", "library_version", "outside", "spans_of"]
 
 Attributes = Mapping[str, str | int | float | bool]
 
 
 CAUSE: ContextVar[TraceHeaders | None] = ContextVar("orderbus.cause", default=None)
 """The trace of the delivery that is being handled, where no span of it is recorded."""
+
+
+@functools.cache
+def library_version() -> str:
+    """Of the instrumentation, as telemetry calls it. Looked up once: it is read from a file and parsed, which takes a millisecond."""
+    return version("orderbus")
 
 
 def current_trace() -> TraceHeaders | None:
@@ -83,7 +90,7 @@ class Tracing:
         provider = trace.get_tracer_provider()
         self.records = not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider))
         """Whether an SDK is installed."""
-        self._tracer = provider.get_tracer("orderbus", version("orderbus"))
+        self._tracer = provider.get_tracer("orderbus", library_version())
         self._group = group
         self._system = system
         self._database = database
