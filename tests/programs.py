@@ -11,13 +11,13 @@ ROOT = Path(__file__).parent.parent
 RUN_S = 120.0
 
 
-def run_program(path: Path, folder: Path) -> str:
-    """What a program prints on stdout. Fails where it ends with an error, or does not end."""
+def run_program(path: Path, folder: Path, **settings: str) -> str:
+    """What a program prints on stdout; `settings` are in its environment. Fails where it ends with an error, or does not end."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ORDERBUS_")}
     done = subprocess.run(
         [sys.executable, str(path)],
         cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, **settings, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=RUN_S,

@@ -11,7 +11,7 @@ from psycopg import errors
 
 from orderbus.errors import TransientError, UnavailableError
 
-__all__ = ["limited"]
+__all__ = ["classify", "limited"]
 
 
 @asynccontextmanager
