@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "orderbus needs Python 3.11 or later; set PYTHON=python3.x"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all,sqlalchemy]' --group dev
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[all,sqlalchemy,fastapi]' --group dev
 	@touch $@
 
 .PHONY: setup

@@ -10,7 +10,7 @@ import pytest
 
 from tests.programs import ROOT, run_program
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 
 @pytest.fixture
