@@ -14,7 +14,7 @@ from tests.programs import ROOT, run_program
 pytestmark = pytest.mark.servers
 
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ["fastapi", "sqlalchemy"]
+PAGES = ["django", "fastapi", "sqlalchemy"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -367,3 +367,9 @@ async def test_enlist_refuses_what_has_no_transaction(url: str, store: PostgresS
             store.enlist(connection)
     with psycopg.connect(url) as blocking, pytest.raises(UsageError, match=r"psycopg\.AsyncConnection, not Connection"):
         store.enlist(blocking)
+
+
+async def test_enlist_refuses_a_connection_that_would_garble_keys(url: str, store: PostgresStore) -> None:
+    async with await psycopg.AsyncConnection.connect(url, client_encoding="LATIN1") as connection:
+        with pytest.raises(UsageError, match=r"client_encoding is LATIN1.*set it to UTF8"):
+            store.enlist(connection)

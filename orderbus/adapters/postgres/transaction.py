@@ -31,7 +31,7 @@ from orderbus.adapters.postgres.pool import Pool
 from orderbus.adapters.postgres.trip import Call, Connection, rows_of, trip
 from orderbus.errors import UnavailableError, UsageError
 
-__all__ = ["EnlistedTransaction", "PostgresTransaction"]
+__all__ = ["EnlistedTransaction", "PostgresTransaction", "check_encoding", "outbox_calls"]
 
 CANCEL_S = 5.0
 
@@ -139,6 +139,7 @@ class EnlistedTransaction:
             raise UsageError(
                 "enlist takes a connection in a transaction; put `async with connection.transaction():` around it", code="OB409"
             )
+        check_encoding(connection)
         register(connection)
         self.connection = connection
         self._where = where
@@ -184,7 +185,7 @@ def _calls(deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> list[C
         if arrays is None:
             return None
         calls.append(Call(sql, arrays))
-    return calls + _outbox_calls(emitted)
+    return calls + outbox_calls(emitted)
 
 
 async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted: Sequence[OutboxRow]) -> None:
@@ -194,7 +195,7 @@ async def _insert(connection: Connection, deferred: Sequence[Deferred], emitted:
             await connection.execute(sql, columns(params))
         else:
             await connection.cursor().executemany(sql, params)
-    for call in _outbox_calls(emitted):
+    for call in outbox_calls(emitted):
         await connection.execute(call.sql, call.params, prepare=True)
 
 
@@ -214,7 +215,8 @@ def _arrays(sql: str, params: Any) -> list[Array] | None:
     return arrays if len(arrays) == len(params) else None
 
 
-def _outbox_calls(emitted: Sequence[OutboxRow]) -> list[Call]:
+def outbox_calls(emitted: Sequence[OutboxRow]) -> list[Call]:
+    """What inserts rows into the outbox, and those with a time into what is scheduled; in binary, as `register` teaches a connection."""
     later = [row for row in emitted if row.due_at_ms is not None]
     now = [row for row in emitted if row.due_at_ms is None] if later else emitted
     calls = []
@@ -223,6 +225,15 @@ def _outbox_calls(emitted: Sequence[OutboxRow]) -> list[Call]:
     if now:
         calls.append(Call(_INSERT_OUTBOX, _columns(now)))
     return calls
+
+
+def check_encoding(connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any]) -> None:
+    """Of a connection that is not ours: we send text as UTF-8, which the server would take for what the connection says."""
+    if connection.info.encoding not in ("utf-8", "ascii"):  # psycopg's name for SQL_ASCII, where nothing is converted
+        encoding = connection.info.parameter_status("client_encoding")
+        raise UsageError(
+            f"the connection's client_encoding is {encoding}, in which keys would be garbled; set it to UTF8", code="OB409"
+        )
 
 
 def _columns(rows: Sequence[OutboxRow]) -> tuple[Array, ...]:
