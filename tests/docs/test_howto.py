@@ -14,7 +14,7 @@ from tests.programs import ROOT, run_program
 pytestmark = pytest.mark.servers
 
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ["django", "fastapi", "sqlalchemy"]
+PAGES = ["django", "fastapi", "large-bodies", "outside-api", "sqlalchemy"]
 
 
 @pytest.mark.parametrize("page", PAGES)
