@@ -20,6 +20,7 @@ LOG_LEVEL = "ORDERBUS_LOG_LEVEL"
 """Read by programs that set up logging (`orderbus run`), not by a bus."""
 
 BROKER_SCHEMES = ("amqp", "amqps", "memory")
+MANAGEMENT_SCHEMES = ("http", "https")
 DATABASE_SCHEMES = ("postgresql", "postgres", "embedded", "memory")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
@@ -34,6 +35,8 @@ class Settings:
 
     broker_url: str | None = None
     """`amqp://user:password@host:5672/vhost`, `amqps://…`, or `memory://` (`memory://NAME`: shared in the process). Required."""
+    management_url: str | None = None
+    """`http[s]://user:password@host:15672`: RabbitMQ's management API, read by the command line; no bus needs it."""
     database_url: str | None = None
     """`postgresql://…`, `embedded` (a real PostgreSQL from a wheel), or `memory://` (inbox and outbox without SQL)."""
     redis_url: str | None = None
@@ -104,6 +107,7 @@ class Settings:
             )
         for name, url, schemes in (
             ("BROKER_URL", self.broker_url, BROKER_SCHEMES),
+            ("MANAGEMENT_URL", self.management_url, MANAGEMENT_SCHEMES),
             ("DATABASE_URL", self.database_url, DATABASE_SCHEMES),
             ("REDIS_URL", self.redis_url, REDIS_SCHEMES),
         ):
@@ -116,6 +120,8 @@ class Settings:
                 continue
             if scheme not in schemes:
                 mistakes.append(f"{PREFIX}{name}={masked(url)}: must begin with one of {', '.join(s + '://' for s in schemes)}")
+            elif scheme in MANAGEMENT_SCHEMES and not _names_a_host(url):
+                mistakes.append(f"{PREFIX}{name}={masked(url)}: names no host or a wrong port; write http://host:15672")
         return mistakes
 
     def __repr__(self) -> str:
@@ -138,6 +144,14 @@ def masked(url: str) -> str:
         return urlunsplit((parts.scheme, f"{parts.username or ''}:***@{host}", parts.path, "", ""))
     except ValueError:
         return "***"
+
+
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def _shown(name: str, value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import orderbus
-from orderbus.cli import check, describe, dlq, explain, outbox, run, schema, top
+from orderbus.cli import check, describe, dlq, explain, outbox, run, schema, top, topology
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +21,7 @@ app.command("run", epilog=run.EXAMPLE)(run.run)
 app.command("describe", epilog=describe.EXAMPLE)(describe.describe)
 app.command("check", epilog=check.EXAMPLE)(check.check)
 app.add_typer(schema.app, name="schema")
+app.add_typer(topology.app, name="topology")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(outbox.app, name="outbox")
 app.command("top", epilog=top.EXAMPLE)(top.top)

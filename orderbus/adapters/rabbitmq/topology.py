@@ -26,10 +26,10 @@ async def apply_topology(connection: Connection, topology: Topology) -> None:
     try:
         refused: set[str] = set()
         for exchange in topology.exchanges:
-            if not await declarer.declare(f"exchange {exchange.name!r}", _exchange_call(exchange)):
+            if not await declarer.declare(f"exchange {exchange.name!r}", exchange_call(exchange)):
                 refused.add(f"exchange {exchange.name}")
         for queue in topology.queues:
-            if not await declarer.declare(f"queue {queue.name!r}", _queue_call(queue)):
+            if not await declarer.declare(f"queue {queue.name!r}", queue_call(queue)):
                 refused.add(f"queue {queue.name}")
         for binding in topology.bindings:
             if f"exchange {binding.exchange}" in refused or f"queue {binding.queue}" in refused:
@@ -48,7 +48,7 @@ async def ready_count(connection: Connection, queue: str) -> int | None:
     channel = await connection.open_plain_channel()
     try:
         what = f"asking for the depth of queue {queue!r}"
-        answer = await connection.call(channel.queue_declare(queue, passive=True), what, on_giving_up=_ignore)
+        answer = await connection.call(channel.queue_declare(queue, passive=True), what, on_giving_up=ignore)
     except ChannelLockedResource as failure:
         raise UnavailableError(f"queue {queue!r}: {describe(failure)}") from failure
     except ChannelClosed as failure:
@@ -79,19 +79,23 @@ def queue_arguments(queue: Queue) -> dict[str, Any]:
     return arguments
 
 
-_Call = Callable[[AbstractChannel], Coroutine[Any, Any, Any]]
+def exchange_arguments(exchange: Exchange) -> dict[str, Any]:
+    return {} if exchange.alternate is None else {"alternate-exchange": exchange.alternate}
 
 
-def _exchange_call(exchange: Exchange) -> _Call:
-    arguments: dict[str, Any] = {} if exchange.alternate is None else {"alternate-exchange": exchange.alternate}
+Call = Callable[[AbstractChannel], Coroutine[Any, Any, Any]]
+
+
+def exchange_call(exchange: Exchange) -> Call:
+    arguments = exchange_arguments(exchange)
     return lambda channel: channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True, arguments=arguments)
 
 
-def _queue_call(queue: Queue) -> _Call:
+def queue_call(queue: Queue) -> Call:
     return lambda channel: channel.queue_declare(queue.name, durable=True, arguments=queue_arguments(queue))
 
 
-def _binding_call(exchange: str, queue: str, routing_key: str) -> _Call:
+def _binding_call(exchange: str, queue: str, routing_key: str) -> Call:
     return lambda channel: channel.queue_bind(queue, exchange, routing_key)
 
 
@@ -103,11 +107,11 @@ class _Declarer:
         self._connection = connection
         self._channel: AbstractChannel | None = None
 
-    async def declare(self, what: str, call: _Call) -> bool:
+    async def declare(self, what: str, call: Call) -> bool:
         if self._channel is None:
             self._channel = await self._connection.open_plain_channel()
         try:
-            await self._connection.call(call(self._channel), f"declaring {what}", on_giving_up=_ignore)
+            await self._connection.call(call(self._channel), f"declaring {what}", on_giving_up=ignore)
         except (ChannelPreconditionFailed, ChannelLockedResource) as failure:
             self._note(what, failure, _FIX)
         except ChannelAccessRefused as failure:
@@ -134,10 +138,10 @@ async def _close(connection: Connection, channel: AbstractChannel) -> None:
         return
     with anyio.CancelScope(shield=True):
         try:
-            await connection.call(channel.close(), "closing a channel", on_giving_up=_ignore, limit_s=CLOSE_S)
+            await connection.call(channel.close(), "closing a channel", on_giving_up=ignore, limit_s=CLOSE_S)
         except (ChannelClosed, UnavailableError) as failure:
             log.debug("%s", describe(failure))  # The channel is gone, and it was all for nothing but itself.
 
 
-def _ignore(reason: str) -> None:
+def ignore(reason: str) -> None:
     """No content travels on these channels."""
