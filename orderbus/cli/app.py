@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import orderbus
-from orderbus.cli import check, describe, dlq, explain, outbox, run, schema, top, topology
+from orderbus.cli import check, describe, dlq, explain, outbox, publish, run, schema, top, topology
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,7 @@ app.add_typer(schema.app, name="schema")
 app.add_typer(topology.app, name="topology")
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(outbox.app, name="outbox")
+app.command("publish", epilog=publish.EXAMPLE)(publish.publish)
 app.command("top", epilog=top.EXAMPLE)(top.top)
 app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 

@@ -12,7 +12,7 @@ from tests.cli.conftest import LIMIT_S, ROOT, Project
 
 VERBS = [
     ("run",), ("describe",), ("check",), ("schema", "sql"), ("schema", "apply"), ("schema", "check"), ("dlq", "list"), ("dlq", "show"),
-    ("dlq", "replay"), ("topology", "plan"), ("topology", "apply"),
+    ("dlq", "replay"), ("publish",), ("topology", "plan"), ("topology", "apply"),
 ]  # fmt: skip
 
 
