@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
@@ -17,11 +18,14 @@ import typer
 
 from orderbus._runtime.bus import Bus
 from orderbus._runtime.collecting import collect_rarely
+from orderbus._runtime.opening import scheme_of
 from orderbus._runtime.stats import DrainReceipt
 from orderbus.cli.describing import banner
 from orderbus.cli.exits import ExitCode, clear_errors
 from orderbus.cli.loading import load_buses, settings_of
 from orderbus.cli.output import error_console, print_json
+from orderbus.cli.risks import risks
+from orderbus.cli.workers import Workers
 from orderbus.errors import UsageError
 from orderbus.logs import configure, levels_of
 from orderbus.telemetry import exported
@@ -29,6 +33,8 @@ from orderbus.telemetry import exported
 EXAMPLE = "Example: orderbus run services.payment:bus services.inventory:bus --loop uvloop --log-json"
 
 Loop = Literal["auto", "asyncio", "uvloop", "trio"]
+
+MOST_WORKERS = 64
 
 log = logging.getLogger("orderbus")
 
@@ -47,11 +53,19 @@ def run(
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log JSON lines on stdout, in the Elastic Common Schema, and print no banner.")
     ] = False,
+    workers: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="So many processes, each with all the buses.")] = 1,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Drain and begin again when a .py file below this folder changes. For development.")
+    ] = False,
+    worker: Annotated[int | None, typer.Option(hidden=True, help="Which of several workers this process is.")] = None,
 ) -> None:
-    """Run buses until SIGTERM or SIGINT, then drain them.
+    """Run buses until SIGTERM or SIGINT, then drain them. Risky settings are warned of at the start.
 
     Each drained bus prints a receipt, one JSON line on stdout. The exit code is 0 after a clean drain, 3 where work had to be
     cancelled and given back to the broker, 4 where a server was not available at the start.
+
+    With `--workers`, one that dies is replaced, at once or after up to 30 s; where one fails to start at the beginning, all are
+    stopped. When the process that started them dies, they drain.
     """
     levels_of(log_level)
     buses = load_buses(targets)
@@ -59,9 +73,19 @@ def run(
     configure(name, levels=log_level, as_json=log_json)
     _check_memory_is_shared(buses)
     backend, options = _backend(loop)
+    if worker is None and (workers > 1 or reload):
+        if workers > 1:
+            _check_can_be_several(buses)
+        command = [sys.executable, "-m", "orderbus", "run", *targets, "--loop", loop, "--log-level", log_level]
+        code = anyio.run(Workers([*command, *(["--log-json"] if log_json else [])], workers, reload=reload).run)
+        raise typer.Exit(code)
+    is_first = not worker
+    if is_first:
+        _warn(buses)
     with exported(name):
         try:
-            anyio.run(_run, buses, log_json, backend=backend, backend_options=options)
+            quiet = log_json or not is_first
+            anyio.run(_run, buses, quiet, worker is not None, backend=backend, backend_options=options)
         finally:
             for bus in buses:
                 if bus.receipt is not None:
@@ -70,11 +94,13 @@ def run(
         raise typer.Exit(ExitCode.UNCLEAN)
 
 
-async def _run(buses: Sequence[Bus], quiet: bool) -> None:
+async def _run(buses: Sequence[Bus], quiet: bool, is_worker: bool) -> None:
     stop, opened = anyio.Event(), anyio.Event()
     async with anyio.create_task_group() as tasks:
         with anyio.CancelScope() as everything:
             await tasks.start(_listen, everything, opened, stop)
+            if is_worker:
+                tasks.start_soon(_end_with_parent)
             async with AsyncExitStack() as stack:
                 for bus in buses:
                     await stack.enter_async_context(bus)
@@ -103,6 +129,18 @@ async def _listen(
                 everything.cancel()
 
 
+async def _end_with_parent() -> None:
+    """Stdin is a pipe that only the process which started the workers writes to, and it never does."""
+    await anyio.wait_readable(sys.stdin)
+    log.warning("the process that started this worker is gone")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _warn(buses: Sequence[Bus]) -> None:
+    for warning in dict.fromkeys(warning for bus in buses for warning in risks(bus, settings_of(bus))):
+        logging.getLogger("orderbus.risks").warning("%s", warning)
+
+
 def _as_line(group: str, receipt: DrainReceipt) -> dict[str, Any]:
     return {"event": "drained", "group": group, **msgspec.to_builtins(receipt)}
 
@@ -123,4 +161,19 @@ def _check_memory_is_shared(buses: Sequence[Bus]) -> None:
         raise UsageError(
             f"{', '.join(alone)}: at memory:// each bus has a broker of its own; set ORDERBUS_BROKER_URL=memory://NAME to share one",
             code="OB112",
+        )
+
+
+def _check_can_be_several(buses: Sequence[Bus]) -> None:
+    for bus in buses:
+        settings = settings_of(bus)
+        for name, url in (("BROKER", settings.broker_url), ("DATABASE", settings.database_url)):
+            if url is not None and scheme_of(url) == "memory":
+                raise UsageError(
+                    f"--workers: ORDERBUS_{name}_URL is {url}, which each process would have for itself; use a server",
+                    code="OB618",
+                )
+    if "prometheus" in os.environ.get("OTEL_METRICS_EXPORTER", ""):
+        raise UsageError(
+            "--workers: OTEL_METRICS_EXPORTER=prometheus serves one process at its port; send them by OTLP", code="OB618"
         )

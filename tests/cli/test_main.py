@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import orderbus
+from orderbus.cli.app import app
 from tests.cli.conftest import LIMIT_S, ROOT, Project
 
-VERBS = [
-    ("run",), ("describe",), ("check",), ("schema", "sql"), ("schema", "apply"), ("schema", "check"), ("dlq", "list"), ("dlq", "show"),
-    ("dlq", "replay"), ("publish",), ("topology", "plan"), ("topology", "apply"),
-]  # fmt: skip
+
+def verbs(command: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every verb that there is, as one types it."""
+    for name, inner in getattr(command, "commands", {}).items():
+        if hasattr(inner, "commands"):
+            yield from verbs(inner, (*before, name))
+        else:
+            yield (*before, name)
+
+
+VERBS = sorted(verbs(get_command(app)))
+
+
+def test_every_verb_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    table = page.partition("| verb |")[2].partition("\n\n")[0]
+    words = set(re.findall(r"[a-z]+", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    assert {word for verb in VERBS for word in verb} <= words
 
 
 def test_the_version(project: Project) -> None:
@@ -53,3 +72,23 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package: s
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 2
     assert done.stderr == f"orderbus: the command line needs the package {package}: pip install 'orderbus[cli]'\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_there_is_completion_for_the_shell(project: Project, shell: str) -> None:
+    asked = {"_ORDERBUS_COMPLETE": f"complete_{shell}", "COMP_WORDS": "orderbus topo", "COMP_CWORD": "1"}
+    asked |= {"_TYPER_COMPLETE_ARGS": "orderbus topo", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    project.environment |= asked
+    _, output, _ = project.finish()
+    assert "topology" in output
+    assert "describe" not in output
+
+
+def test_colours_are_for_terminals_that_want_them(project: Project) -> None:
+    project.write('from orderbus import Bus\nbus = Bus("shop")')
+    assert "\x1b[" not in project.run("check", project.bus).stdout
+    del project.environment["NO_COLOR"]
+    project.environment["FORCE_COLOR"] = "1"
+    assert "\x1b[32mok" in project.run("check", project.bus).stdout
+    project.environment["NO_COLOR"] = "1"
+    assert "\x1b[32m" not in project.run("check", project.bus).stdout

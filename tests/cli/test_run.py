@@ -108,6 +108,21 @@ def test_the_banner_says_what_consumes_what(project: Project) -> None:
     assert row.split() == ["hear", "shop.ticked", "shop.shop.ticked", "3", "tries", "inbox"]
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_banner_fits_the_terminal(project: Project, columns: int) -> None:
+    project.write(
+        SHOP.replace("shop.ticked", "warehouse.shelves.recounted-after-the-night").replace("hear(", "hear_of_what_was_counted(")
+    )
+    project.environment["COLUMNS"] = str(columns)
+    process = project.start("run", project.bus)
+    assert process.stderr is not None
+    banner = [line for line in lines_until(process.stderr, "running: shop") if line.startswith(" ")]
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 0
+    assert len(banner) > 3
+    assert max(len(line.rstrip("\n")) for line in banner) <= columns
+
+
 def test_json_logs_are_json_on_every_line(project: Project) -> None:
     project.write(SHOP)
     process = project.start("run", project.bus, "--log-json")
