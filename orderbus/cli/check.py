@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated
 
 import anyio
-import msgspec
 import typer
 from rich.text import Text
 
 from orderbus._core.settings import Settings, masked
-from orderbus._core.topology import Topology
 from orderbus._runtime.bus import Bus
-from orderbus._runtime.opening import adapter, open_broker, open_store, scheme_of
-from orderbus.abc import Broker
+from orderbus._runtime.opening import adapter, open_store, scheme_of
+from orderbus.cli.check_servers import broker_clock, clock, rights
+from orderbus.cli.check_topology import topology
 from orderbus.cli.exits import ExitCode, clear_errors
+from orderbus.cli.found import Found, Seen
 from orderbus.cli.loading import environment_settings, load_buses, settings_of
 from orderbus.cli.output import console, plain, print_json
-from orderbus.errors import SettingsError, TopologyError, UnavailableError, UsageError
+from orderbus.errors import SettingsError, UnavailableError, UsageError
 
 EXAMPLE = "Example: orderbus check services.payment:bus && orderbus run services.payment:bus"
 LIMIT_S = 60.0
 """For each server: beside the limits of its adapter, so that the command ends in any case."""
-
-
-class Found(msgspec.Struct, frozen=True):
-    """One thing that was looked at."""
-
-    what: str
-    status: Literal["ok", "note", "finding", "unavailable"]
-    """A note is no fault: `orderbus run` mends it by itself."""
-    text: str
 
 
 @clear_errors
@@ -42,9 +34,8 @@ def check(
 ) -> None:
     """Check settings, handlers, servers, the database schema and the topology; each finding says its fix.
 
-    Queues and exchanges that exist are compared by declaring them again as they should be, which changes nothing: the broker
-    refuses what differs. Missing queues are not declared; a missing exchange is, where queues of the bus exist already.
-    Bindings can't be read over AMQP and are not compared.
+    It changes nothing. With ORDERBUS_MANAGEMENT_URL the topology is compared as a whole; without it, what exists is declared again
+    as it should be, which the broker refuses where it differs, and bindings and leftovers are not known.
 
     Exit code 0: fine, 1: findings, 4: nothing is wrong but a server is not available.
     """
@@ -94,82 +85,51 @@ async def _servers(found: list[Found], settings: dict[str, Settings]) -> None:
             if scheme_of(url) == "memory":
                 found.append(Found(f"{what} {url}", "ok", "inside the process that runs the bus"))
                 continue
-            name = f"{what} {masked(url)}"
-            is_there = await _looked_at(found, name, _version(url))
-            if is_there and what == "database":
-                await _looked_at(found, f"schema in {masked(url)}", _schema(url))
+            where = masked(url)
+            is_there = await _looked_at(found, f"{what} {where}", partial(_version, url))
+            if not is_there or scheme_of(url) == "embedded":
+                continue
+            if what == "broker":
+                if each.management_url is not None:
+                    await _looked_at(found, f"clock of {what} {where}", partial(broker_clock, each))
+                continue
+            await _looked_at(found, f"clock of {what} {where}", partial(clock, url))
+            if what == "database" and await _looked_at(found, f"schema in {where}", partial(_schema, url)):
+                await _looked_at(found, f"rights in {where}", partial(rights, url, relays=each.relay is not False))
 
 
 async def _topologies(found: list[Found], settings: dict[str, Settings], buses: Sequence[Bus]) -> None:
     for bus in buses:
         url = settings[bus.group].broker_url or ""
-        down = any(one.status != "ok" and one.what == f"broker {masked(url)}" for one in found)
+        down = any(one.status == "unavailable" and one.what == f"broker {masked(url)}" for one in found)
         if scheme_of(url) != "memory" and not down:
-            await _looked_at(found, f"topology of {bus.group}", _topology(url, bus))
+            await _looked_at(found, f"topology of {bus.group}", partial(topology, settings[bus.group], bus))
 
 
-def _version(url: str) -> Callable[[], Awaitable[Found]]:
-    async def version() -> Found:
-        module = importlib.import_module(f"{adapter(url).__name__}.version")
-        return Found("", "ok", await module.server_version(url))
-
-    return version
+async def _version(url: str) -> list[Seen]:
+    module = importlib.import_module(f"{adapter(url).__name__}.version")
+    return [("ok", await module.server_version(url))]
 
 
-def _schema(url: str) -> Callable[[], Awaitable[Found]]:
-    async def schema() -> Found:
-        async with open_store(url, name="orderbus check", pool_size=1) as store:
-            await store.check()
-        return Found("", "ok", "of the version that this orderbus needs")
-
-    return schema
+async def _schema(url: str) -> list[Seen]:
+    async with open_store(url, name="orderbus check", pool_size=1) as store:
+        await store.check()
+    return [("ok", "of the version that this orderbus needs")]
 
 
-def _topology(url: str, bus: Bus) -> Callable[[], Awaitable[Found]]:
-    async def topology() -> Found:
-        wanted = bus.topology()
-        async with open_broker(url, name="orderbus check") as broker:
-            missing = {queue.name for queue in wanted.queues if not await _exists(broker, queue.name)}
-            there = tuple(queue for queue in wanted.queues if queue.name not in missing)
-            if there:
-                await broker.apply(Topology(wanted.exchanges, there))
-        if missing:
-            names = ", ".join(sorted(missing, key=lambda name: (name.startswith("ob."), name))[:5]) + (
-                ", …" if len(missing) > 5 else ""
-            )
-            return Found("", "note", f"{len(missing)} queues are missing ({names}); `orderbus run` declares them")
-        return Found("", "ok", f"{len(there)} queues as they should be")
-
-    return topology
-
-
-async def _exists(broker: Broker, queue: str) -> bool:
-    try:
-        await broker.depth(queue)
-    except UsageError:
-        return False
-    return True
-
-
-async def _looked_at(found: list[Found], what: str, look: Callable[[], Awaitable[Found]]) -> bool:
+async def _looked_at(found: list[Found], what: str, look: Callable[[], Awaitable[Sequence[Seen]]]) -> bool:
     """Whether it was reached and is as it should be."""
     try:
         with anyio.fail_after(LIMIT_S):
-            one = await look()
-    except TopologyError as error:
-        found += [Found(what, "finding", line.strip(" -")) for line in str(error).splitlines() if line.startswith("  - ")]
-        return False
+            seen = await look()
     except UsageError as error:
-        found.append(Found(what, "finding", str(error)))
-        return False
+        seen = [("finding", str(error))]
     except UnavailableError as error:
-        found.append(Found(what, "unavailable", str(error)))
-        return False
+        seen = [("unavailable", str(error))]
     except TimeoutError:
-        found.append(Found(what, "unavailable", f"no answer within {LIMIT_S:g} s"))
-        return False
-    found.append(msgspec.structs.replace(one, what=what))
-    return True
+        seen = [("unavailable", f"no answer within {LIMIT_S:g} s")]
+    found += [Found(what, status, text) for status, text in seen]
+    return all(status in ("ok", "note") for status, _ in seen)
 
 
 _SIGNS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "finding": ("FINDING", "red"), "unavailable": ("AWAY", "red")}

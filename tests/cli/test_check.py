@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
+import time
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import aiormq
 import anyio
+import psycopg
 import pytest
 
 from orderbus._core.topology import QueueNeed, topology_for
+from orderbus.adapters.postgres.rights import BUS, RELAY
 from orderbus.adapters.rabbitmq import open_broker
-from tests.cli.conftest import Project
+from orderbus.cli.check_servers import _judged
+from tests.cli.conftest import ROOT, Project
 
 SHOP = """
     from orderbus import Bus, Event, Tx
@@ -93,6 +100,76 @@ def test_servers_tell_their_versions(project: Project, vhost_url: str, database_
     assert what["database"]["text"].startswith("PostgreSQL ")
     assert what["redis"]["text"].startswith("Redis ")
     assert what["schema"]["status"] == "ok"
+
+
+@pytest.mark.servers
+def test_clocks_and_rights_are_looked_at_too(project: Project, database_url: str, redis_url: str) -> None:
+    project.environment |= {"ORDERBUS_DATABASE_URL": database_url, "ORDERBUS_REDIS_URL": redis_url}
+    project.run("schema", "apply")
+    result = project.run("check", "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    clocks = [line for line in lines if line["what"].startswith("clock of ")]
+    assert [line["what"].split()[2] for line in clocks] == ["database", "redis"]
+    assert all(re.fullmatch(r"0\.\d s (ahead of|behind) this machine's, give or take 0\.\d s", line["text"]) for line in clocks)
+    [rights] = [line for line in lines if line["what"].startswith("rights in ")]
+    assert rights["text"] == "enough for a bus and its relay"
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(("name", "word"), [("postgres", "behind"), ("redis", "ahead of")])
+def test_a_clock_that_is_wrong_is_a_finding(
+    project: Project, database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, name: str, word: str
+) -> None:
+    shift_s = 100 if word == "behind" else -100
+    shifted = SimpleNamespace(time=lambda: time.time() + shift_s)
+    monkeypatch.setattr(f"orderbus.adapters.{name}.clock.time", shifted)
+    if name == "postgres":
+        project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    else:
+        project.environment["ORDERBUS_REDIS_URL"] = redis_url
+    code, what = found(project)
+    assert (code, what["clock"]["status"]) == (1, "finding")
+    assert re.match(rf"(100\.\d|99\.9) s {word} this machine's", what["clock"]["text"])
+    assert "set both by NTP" in what["clock"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "unsure_s", "status"), [(2.0, 0.0, "ok"), (-2.1, 0.0, "finding"), (-4.0, 2.5, "ok"), (4.6, 2.5, "finding")]
+)
+def test_a_slow_answer_is_no_wrong_clock(ahead_s: float, unsure_s: float, status: str) -> None:
+    assert _judged(ahead_s, unsure_s)[0] == status
+
+
+@pytest.mark.servers
+def test_a_role_that_lacks_rights_is_told_which(project: Project, database_url: str) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    project.run("schema", "apply")
+    name = f"stranger_{secrets.token_hex(4)}"
+    parts = urlsplit(database_url)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"create role {name} login")  # type: ignore[arg-type]
+        try:
+            connection.execute(f"grant usage on schema orderbus to {name}")  # type: ignore[arg-type]
+            connection.execute(f"grant select on all tables in schema orderbus to {name}")  # type: ignore[arg-type]
+            connection.execute(f"grant insert, delete on orderbus.inbox to {name}")  # type: ignore[arg-type]
+            project.environment["ORDERBUS_DATABASE_URL"] = urlunsplit(
+                parts._replace(netloc=f"{name}@{parts.netloc.rpartition('@')[2]}")
+            )
+            project.environment["ORDERBUS_RELAY"] = "false"
+            code, what = found(project)
+        finally:
+            connection.execute(f"drop owned by {name}")  # type: ignore[arg-type]
+            connection.execute(f"drop role {name}")  # type: ignore[arg-type]
+    lacking = (
+        "insert on orderbus.consumer, insert on orderbus.outbox, usage on orderbus.outbox_id_seq, insert on orderbus.scheduled"
+    )
+    assert (code, what["rights"]["text"].partition(";")[0]) == (1, f"the role lacks {lacking}")
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("service", BUS), ("relay", RELAY)])
+def test_the_rights_are_those_that_the_roles_get(kind: str, wanted: dict[str, str]) -> None:
+    granted = re.findall(rf"\('{kind}', '(.*?)', '(.*?)'\)", (ROOT / "compose" / "roles" / "postgres.sql").read_text())
+    assert {name.replace("sequence", "outbox_id_seq"): rights for rights, name in granted} == wanted
 
 
 @pytest.mark.servers

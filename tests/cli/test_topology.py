@@ -206,6 +206,38 @@ def test_a_user_who_may_not_configure_is_told_what_was_refused(project: Project,
     assert "secret" not in result.output
     assert managed.queues() == set()
 
+    project.environment["ORDERBUS_BROKER_URL"] = managed.url
+    assert project.run("topology", "apply", project.bus, "--yes").exit_code == 0
+    project.environment["ORDERBUS_BROKER_URL"] = managed.url.replace("guest:guest", "reader:secret")
+    code, said = checked(project)
+    assert code == 1
+    assert len(said) == 30
+    assert {status for status, _ in said} == {"finding"}
+    assert any(text.startswith("exchange 'ob.events': the broker says \"ACCESS_REFUSED") for _, text in said)
+
+
+@pytest.mark.servers
+def test_check_finds_what_is_missing_and_what_is_left_over(project: Project, managed: Managed) -> None:
+    code, [(status, text)] = checked(project)
+    assert (code, status) == (0, "note")
+    assert text.startswith("30 exchanges and queues are missing (shop.orders.placed, shop.orders.placed.dlq, ob.events, ")
+    assert project.run("topology", "apply", project.bus, "--yes").exit_code == 0
+    assert checked(project) == (0, [("ok", "15 queues as they should be")])
+    managed.bind("ob.events", "shop.orders.placed", "orders.changed.*")
+    left = "binding ob.events → shop.orders.placed by orders.changed.* is left over from a handler that is gone"
+    assert checked(project) == (1, [("finding", left)])
+
+
+def checked(project: Project) -> tuple[int, list[tuple[str, str]]]:
+    """The exit code, and what check says of the topology, up to its fix."""
+    result = project.run("check", project.bus, "--json")
+    assert "Traceback" not in result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    [clock] = [line for line in lines if line["what"].startswith("clock of broker")]
+    assert clock["status"] == "ok"
+    said = [(line["status"], line["text"].partition(";")[0]) for line in lines if line["what"].startswith("topology of")]
+    return result.exit_code, said
+
 
 # Without the management API
 

@@ -67,6 +67,15 @@ class Drift:
             ) from error
         return changes(wanted_inventory(topology), there)
 
+    async def refused(self, topology: Topology) -> list[Change]:
+        """What exists and the user may not declare."""
+        return [change for change in await self._asked_for(topology) if change.action == "unknown" and change.kind != "binding"]
+
+    async def ahead(self) -> tuple[float, float]:
+        """By how many seconds the broker's clock is ahead of this machine's, and how far off that may be."""
+        assert self._management is not None
+        return await self._management.ahead()
+
     async def create(self, topology: Topology) -> None:
         """Raises TopologyError, naming each thing that could not be declared; the others are there then."""
         await apply_topology(self._connection, topology)

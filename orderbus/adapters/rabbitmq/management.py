@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import http.client
 import ssl
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -34,6 +36,8 @@ class Management:
         named = parts.username is not None
         self._user = unquote(parts.username or "") if named else user
         secret = unquote(parts.password or "") if named else password
+        self._date: float | None = None
+        """When the last answer was given, by the server's clock."""
         self._authorization = "Basic " + base64.b64encode(f"{self._user}:{secret}".encode()).decode()
 
     async def get(self, *path: str, columns: str = "") -> Any:
@@ -61,6 +65,15 @@ class Management:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UsageError(self._no_api(f"its answer is no JSON: {error}"), code="OB509") from None
 
+    async def ahead(self) -> tuple[float, float]:
+        """By how many seconds the server's clock is ahead of this machine's, and how far off that may be: it says whole seconds."""
+        before_s = time.time()
+        await self.get("overview", columns="cluster_name")
+        after_s = time.time()
+        if self._date is None:
+            raise UsageError(self._no_api("it says no date"), code="OB509")
+        return self._date + 0.5 - (before_s + after_s) / 2, 0.5 + (after_s - before_s) / 2
+
     def _no_api(self, why: str) -> str:
         return f"ORDERBUS_MANAGEMENT_URL: {self.shown} is not RabbitMQ's management API: {why}; write http://host:15672"
 
@@ -74,6 +87,7 @@ class Management:
             try:
                 connection.request("GET", target, headers={"Authorization": self._authorization, "Accept": "application/json"})
                 answer = connection.getresponse()
+                self._date = _seconds(answer.getheader("Date"))
                 body = answer.read(MOST_BYTES + 1)
                 status, reason = answer.status, answer.reason
             finally:
@@ -83,6 +97,13 @@ class Management:
         if len(body) > MOST_BYTES:
             raise UsageError(f"the management API at {self.shown} answers with more than {MOST_BYTES} bytes", code="OB509")
         return status, reason, body
+
+
+def _seconds(date: str | None) -> float | None:
+    try:
+        return None if date is None else parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
 
 
 def _reason(body: bytes) -> str:
