@@ -23,7 +23,7 @@ from orderbus.cli.exits import ExitCode, clear_errors, complain
 from orderbus.cli.loading import load_buses, settings_of
 from orderbus.cli.option_groups import AsJson
 from orderbus.cli.output import console, plain, print_json
-from orderbus.errors import TopologyError, UsageError
+from orderbus.errors import TopologyError, UnavailableError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="The exchanges, queues and bindings of buses: what is missing, and making it.")
 
@@ -78,7 +78,12 @@ def apply(
         if must_ask:
             ask(f"Change {wanted.shown}?")
         with audited("topology apply", audit) as note:
-            found, done = anyio.run(_apply, wanted, to_do)
+            try:
+                found, done = anyio.run(_apply, wanted, to_do)
+            except UnavailableError:  # in the middle of it
+                for change in to_do:
+                    note("unknown", kind=change.kind, name=str(change))
+                raise
             for change, outcome in done:
                 note(outcome, kind=change.kind, name=str(change))
     left = [change for change in found if change.action != "unknown"]

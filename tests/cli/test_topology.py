@@ -19,6 +19,7 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from tests.cli.conftest import Project
+from tests.cli.test_dlq_changing import at_a_terminal
 from tests.servers import Missing, free_port, start_rabbit
 
 SHOP = """
@@ -135,6 +136,15 @@ def test_what_is_missing_is_planned_then_made_and_then_all_is_as_it_should_be(pr
     again = project.run("topology", "apply", project.bus, "--yes", "--json")
     assert json.loads(again.stdout) == {"event": "topology-applied", "created": 0, "removed": 0, "left": 0}
     assert "Everything is as it should be." in project.run("topology", "plan", project.bus).stdout
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0)])
+def test_at_a_terminal_it_asks_first(project: Project, managed: Managed, answer: str, code: int) -> None:
+    ended, shown = at_a_terminal(project, answer, "topology", "apply", project.bus)
+    assert f"Change {managed.url.replace('guest:guest', 'guest:***')}? [y/N]" in shown
+    assert ended == code, shown
+    assert ("shop.orders.placed" in managed.queues()) is (code == 0)
 
 
 @pytest.mark.servers

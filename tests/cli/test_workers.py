@@ -87,8 +87,9 @@ def test_a_worker_that_is_killed_is_replaced(served: Project) -> None:
 
 @pytest.mark.servers
 @pytest.mark.crash
-def test_workers_drain_when_the_process_that_started_them_is_killed(served: Project) -> None:
-    process = served.start("run", served.bus, "--workers", "2")
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_workers_drain_when_the_process_that_started_them_is_killed(served: Project, loop: str) -> None:
+    process = served.start("run", served.bus, "--workers", "2", "--loop", loop)
     assert opened(process) != opened(process)
     running(process, 2)
     process.kill()
