@@ -32,7 +32,10 @@ from orderbus.cli.loading import load_bus, settings_of
 from orderbus.cli.output import console, print_json
 from orderbus.errors import MessageError, UnavailableError, UsageError
 
-EXAMPLE = """Example: orderbus publish services.payment:bus payments.declined '{"order_id": "0199f3c2-…", "reason": "by hand"}'"""
+EXAMPLE = (
+    "Example: orderbus publish services.payment:bus payments.declined "
+    """'{"order_id": "0199f3c2-7b1e-7cc3-98c4-dc0c0c07398f", "reason": "by hand"}'"""
+)
 AT_A_TIME = 500
 MOST_EVENTS = 100_000
 MOST_BYTES = 256 * 1024 * 1024

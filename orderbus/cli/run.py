@@ -64,7 +64,7 @@ def run(
     Each drained bus prints a receipt, one JSON line on stdout. The exit code is 0 after a clean drain, 3 where work had to be
     cancelled and given back to the broker, 4 where a server was not available at the start.
 
-    With `--workers`, one that dies is replaced, at once or after up to 30 s; where one fails to start at the beginning, all are
+    With `--workers`, one that dies is replaced after 1 to 30 s; where one fails to start at the beginning, all are
     stopped. When the process that started them dies, they drain.
     """
     levels_of(log_level)

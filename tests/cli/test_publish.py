@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from orderbus._core.topology import QueueNeed, topology_for
 from orderbus.abc import Broker
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.cli.app import app
+from orderbus.cli.publish import EXAMPLE
 from tests.cli.conftest import Project, delete_queues
 
 SHOP = """
@@ -154,6 +156,12 @@ def test_it_is_signed_where_the_bus_signs(shop: Shop) -> None:
     assert shop.publish(shop.topic, '{"order": 7}').exit_code == 0
     [message] = shop.taken()
     assert str(message.properties.headers["ob-signature"]).startswith("k1:")
+
+
+def test_the_example_of_the_help_works_as_it_is(project: Project) -> None:
+    arguments = shlex.split(EXAMPLE.partition("orderbus ")[2])
+    result = project.run(*arguments, "--dry-run")
+    assert result.exit_code == 0, result.stderr
 
 
 # Bad input
