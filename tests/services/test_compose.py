@@ -16,6 +16,7 @@ TEXT = (COMPOSE / "docker-compose.yml").read_text()
 STACK: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = STACK["services"]
 OURS = ("orders-api", "outbox-dispatcher", "payment", "inventory", "aggregator", "notification")
+SECRETS = ("PASSWORD", "COOKIE", "KEY")
 VARIABLE = re.compile(r"\$\{([A-Z_]+)(:?[-?])?")
 
 
@@ -33,10 +34,10 @@ def test_env_example_gives_the_defaults_of_the_stack() -> None:
 
 def test_secrets_have_no_default() -> None:
     for name, kind in VARIABLE.findall(TEXT):
-        if name.startswith(("ELASTIC_", "KIBANA_PASS")):  # needed by a profile that few start; the others must start without
+        if name in ("ELASTIC_PASSWORD", "KIBANA_PASSWORD", "KIBANA_KEY"):  # of a profile that few start; the others must start without
             assert kind == ":-"
         else:
-            assert ("PASSWORD" in name) == (kind == ":?"), name
+            assert name.endswith(SECRETS) == (kind == ":?"), name
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -101,6 +102,6 @@ def test_setup_makes_secrets_once(tmp_path: Any) -> None:
 
     assert (folder / ".env").read_text() == first
     assert (folder / ".env").stat().st_mode & 0o077 == 0
-    secrets = dict(re.findall(r"^(\w+_PASSWORD)=(\w+)$", first, re.MULTILINE))
-    assert len(secrets) == len(set(secrets.values())) == 5
+    secrets = dict(re.findall(rf"^(\w+_(?:{'|'.join(SECRETS)}))=(\w+)$", first, re.MULTILINE))
+    assert len(secrets) == len(set(secrets.values())) == 6
     assert all(len(secret) == 48 for secret in secrets.values())
