@@ -73,14 +73,22 @@ class RunningServers(Servers, frozen=True, kw_only=True):
 
 
 def dead_letters(broker_url: str) -> int:
-    """Messages in dead letter queues, as the broker's management plugin counts them (every 5 s)."""
+    """Messages in dead letter queues, as the broker's management plugin counts them (every 5 s), on the first node that answers."""
     parts = urlsplit(broker_url)
     vhost = quote(unquote(parts.path[1:]) or "/", safe="")
     user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    request = urllib.request.Request(
-        f"http://{parts.hostname}:{MANAGEMENT_PORT}/api/queues/{vhost}?columns=name,messages",
-        headers={"authorization": f"Basic {base64.b64encode(user.encode()).decode()}"},
-    )
-    with urllib.request.urlopen(request, timeout=LIMIT_S) as response:  # noqa: S310 - the scheme is ours
-        queues = json.load(response)
-    return sum(int(queue.get("messages", 0)) for queue in queues if queue["name"].endswith(".dlq"))
+    authorization = f"Basic {base64.b64encode(user.encode()).decode()}"
+    failures = []
+    for node in parts.netloc.rpartition("@")[2].split(","):
+        host = node.partition(":")[0]
+        request = urllib.request.Request(
+            f"http://{host}:{MANAGEMENT_PORT}/api/queues/{vhost}?columns=name,messages", headers={"authorization": authorization}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=LIMIT_S) as response:  # noqa: S310 - the scheme is ours
+                queues = json.load(response)
+        except OSError as failure:
+            failures.append(f"{host}: {failure}")
+        else:
+            return sum(int(queue.get("messages", 0)) for queue in queues if queue["name"].endswith(".dlq"))
+    raise SystemExit(f"load: the broker's management plugin does not say what is parked: {'; '.join(failures)}")

@@ -79,7 +79,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_only_what_the_load_has_ordered_and_parked_is_counted(
     api_url: str, asked: list[str], shop_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ORDERBUS_BROKER_URL", "amqp://guest:s%2Fcret@127.0.0.1:5672/")
+    monkeypatch.setenv("ORDERBUS_BROKER_URL", "amqp://guest:s%2Fcret@127.0.0.2:5672,127.0.0.1/")
     monkeypatch.setenv("ORDERBUS_DATABASE_URL", shop_database_url)
     monkeypatch.setattr(running, "BUILD", tmp_path)
     assert httpx.post(f"{api_url}/orders", json=ORDER, timeout=LIMIT_S).status_code == 201
@@ -110,6 +110,8 @@ def test_only_what_the_load_has_ordered_and_parked_is_counted(
 
 def test_without_its_servers_it_says_which_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ORDERBUS_BROKER_URL", raising=False)
+    with pytest.raises(SystemExit, match=r"does not say what is parked: .*refused"):
+        running.dead_letters("amqp://guest:guest@127.0.0.2/")
     with pytest.raises(SystemExit, match="needs ORDERBUS_BROKER_URL"):
         running.measure_running(
             "http://127.0.0.1:9", Console(), rate=1, seconds=5, seed=1, locustfile=ROOT, shape={}, report=ROOT
