@@ -1,8 +1,8 @@
-"""`make compose-test`: the compose stack's profile core, really run on a local Docker engine.
+"""`make compose-test`: the compose stack's profiles core, observe, load and cluster, really run on a local Docker engine.
 
-The images of the servers are stand-ins out of Debian's packages (compose/standins/), that of the services is built by
+The images of the servers are stand-ins out of Debian's packages (compose/standins/), those of the services and of the load are built by
 compose/Dockerfile from wheels. Orders go through; payment is killed and comes back; what waited is finished; Prometheus has seen all
-of them; all is taken down.
+of them; the load has its verdict; two nodes join the broker, the first is killed, and orders go on; all is taken down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ BUILD = ROOT / "build" / "compose"
 COMPOSE = ROOT / "compose"
 SUITE, PYTHON = "trixie", "3.13"
 SERVERS = ("python", "postgres", "rabbitmq", "redis", "prometheus")
+PROFILES = ("core", "observe", "load", "cluster")
+NODES = ("rabbitmq", "rabbitmq-2", "rabbitmq-3")
 ORDERS = 200
+LOAD = {"LOAD_PROFILE": "ramp", "LOAD_RATE": "30", "LOAD_SECONDS": "15"}
 LIMIT_S = 120.0
 
 
@@ -44,6 +47,8 @@ def main() -> int:
         _say(f"images are there, {time.monotonic() - began:.0f} s")
         with _stack(environment):
             _try_out(environment)
+            _try_out_load(environment)
+            _try_out_cluster(environment)
     except Failed as error:
         print(f"FAILED: {error}")
         return 1
@@ -73,9 +78,13 @@ def _settings() -> dict[str, str]:
         **os.environ,
         **images,
         "COMPOSE_PROJECT_NAME": f"orderbus-test-{os.getpid()}",
+        **LOAD,
         "ORDERBUS_IMAGE": "orderbus-services:test",
+        "LOAD_IMAGE": "orderbus-load:test",
         "POSTGRES_PASSWORD": "postgres-test",
         "RABBITMQ_PASSWORD": "rabbitmq-test",
+        "RABBITMQ_COOKIE": "cookie-test",
+        "RABBITMQ_HOSTS": ",".join(NODES),
         "REDIS_PASSWORD": "redis-test",
         "API_PORT": str(free_port()),
         "RABBITMQ_MANAGEMENT_PORT": str(free_port()),
@@ -108,11 +117,11 @@ def _build(environment: dict[str, str]) -> None:
             *(sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "-d", str(wheels)),
             *("-c", "constraints.txt", "--only-binary=:all:", "--python-version", PYTHON),
             *packages,
-            *("--group", "services"),
+            *("--group", "demo"),
         ]
     )
-    _say("image of the services")
-    _compose(environment, "build", "--quiet", "prepare")
+    _say("images of the services and of the load")
+    _compose(environment, "build", "--quiet", "prepare", "load", profiles=PROFILES)
 
 
 @contextmanager
@@ -124,11 +133,11 @@ def _stack(environment: dict[str, str]) -> Iterator[None]:
         _say(f"up and healthy, {time.monotonic() - began:.0f} s")
         yield
     except Failed:
-        for line in _compose(environment, "logs", "--no-color", "--tail", "15", is_checked=False).splitlines():
+        for line in _compose(environment, "logs", "--no-color", "--tail", "15", profiles=PROFILES, is_checked=False).splitlines():
             print(line[:300])
         raise
     finally:
-        _compose(environment, "down", "--volumes", "--remove-orphans", "--timeout", "30", is_checked=False)
+        _compose(environment, "down", "--volumes", "--remove-orphans", "--timeout", "30", profiles=PROFILES, is_checked=False)
         for wheel in (COMPOSE / "wheels").glob("*.whl"):
             wheel.unlink()
         _say("taken down")
@@ -152,19 +161,70 @@ def _try_out(environment: dict[str, str]) -> None:
     _run(["docker", "start", payment], environment)
     _until_finished(environment, 2 * ORDERS + 1)
     _say(f"payment is started; all orders finished {time.monotonic() - began:.1f} s later")
-    _until_scraped(environment)
+    _until_scraped(environment, nodes=1, orders=2 * ORDERS + 1)
     _check_what_it_may(environment, payment)
 
 
-def _until_scraped(environment: dict[str, str]) -> None:
-    """Prometheus finds the six services and the broker by itself, and has counted the orders."""
-    wanted = {"orderbus": 6, "rabbitmq": 1, "rabbitmq-queues": 1}
-    orders = 2 * ORDERS + 1
+def _try_out_load(environment: dict[str, str]) -> None:
+    """Whether the thresholds are kept is the machine's affair; that nothing is lost, and that there is a report, is the stack's."""
+    report = ROOT / "build" / f"load-{LOAD['LOAD_PROFILE']}.html"
+    report.unlink(missing_ok=True)
+    said = _run([str(COMPOSE / "scripts" / "load.sh")], environment, is_checked=False)
+    verdict = said[said.find(f"\n{LOAD['LOAD_PROFILE']}: ") :]
+    if "thresholds kept" not in verdict and "FAILED" not in verdict:
+        raise Failed(f"the load has no verdict: {said[-2000:]}")
+    if any(word in verdict for word in ("lost:", "doubled:", "ghosts:", "oversold:", "money_off:", "did not finish", "errors:")):
+        raise Failed(verdict)
+    if "<html" not in report.read_text().lower():
+        raise Failed(f"there is no report in {report}")
+    _say(said.strip())
+
+
+def _try_out_cluster(environment: dict[str, str]) -> None:
+    """Two nodes join one that has worked alone, get a member of each queue, and go on without it."""
+    began = time.monotonic()
+    _compose(environment, "up", "-d", "--no-build", *NODES[1:], profiles=PROFILES)
+    _run([str(COMPOSE / "scripts" / "wait.sh"), str(int(LIMIT_S)), *NODES[1:]], environment)
+    queues = _until_members(environment, len(NODES))
+    _say(f"two nodes have joined, and all {queues} queues have a member on each of the three, {time.monotonic() - began:.0f} s")
+
+    first = _compose(environment, "ps", "-q", NODES[0]).strip()
+    finished = _finished(environment)
+    _run(["docker", "update", "--restart=no", first], environment)
+    began = time.monotonic()
+    _run(["docker", "kill", first], environment)
+    _orders(environment, ORDERS)
+    _until_finished(environment, finished + ORDERS)
+    _say(f"the first node is killed; {ORDERS} more orders accepted and finished, {time.monotonic() - began:.1f} s later")
+    _run(["docker", "start", first], environment)
+    _until_members(environment, len(NODES))
+    _until_scraped(environment, nodes=len(NODES), orders=None)
+    _say("it is started, and a member of all queues again")
+
+
+def _until_members(environment: dict[str, str], count: int) -> int:
+    """Until each queue has so many members, and all are there; how many queues there are."""
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        listing = ("rabbitmqctl", "-q", "list_queues", "--no-table-headers", "name", "members", "online")
+        rows = [
+            line.split("\t") for line in _compose(environment, "exec", "-T", NODES[1], *listing, profiles=PROFILES).splitlines()
+        ]
+        if rows and all([cell.count("@") for cell in row[1:]] == [count, count] for row in rows):
+            return len(rows)
+        if time.monotonic() > deadline:
+            raise Failed(f"queues without {count} members: {rows}")
+        time.sleep(1)
+
+
+def _until_scraped(environment: dict[str, str], *, nodes: int, orders: int | None) -> None:
+    """Prometheus finds the six services and the broker's nodes by itself, and has counted the orders, unless `orders` is None."""
+    wanted = {"orderbus": 6, "rabbitmq": nodes, "rabbitmq-queues": nodes}
     deadline = time.monotonic() + LIMIT_S
     while True:
         up = {one["metric"]["job"]: int(one["value"][1]) for one in _asked(environment, "sum by (job) (up)")}
         finished = sum(int(one["value"][1]) for one in _asked(environment, "orders_finished_total"))
-        if up == wanted and finished == orders:
+        if up == wanted and orders in (None, finished):
             _say(f"Prometheus scrapes {sum(up.values())} targets, and has counted {finished} finished orders")
             return
         if time.monotonic() > deadline:
@@ -217,10 +277,12 @@ def _until_finished(environment: dict[str, str], count: int) -> None:
         time.sleep(0.2)
 
 
-def _compose(environment: dict[str, str], *arguments: str, is_checked: bool = True) -> str:
+def _compose(
+    environment: dict[str, str], *arguments: str, profiles: tuple[str, ...] = PROFILES[:2], is_checked: bool = True
+) -> str:
     program = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
-    command = [*program, "-f", str(COMPOSE / "docker-compose.yml"), "--profile", "core", "--profile", "observe", *arguments]
-    return _run(command, environment, is_checked=is_checked)
+    chosen = [argument for profile in profiles for argument in ("--profile", profile)]
+    return _run([*program, "-f", str(COMPOSE / "docker-compose.yml"), *chosen, *arguments], environment, is_checked=is_checked)
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None, *, is_checked: bool = True) -> str:

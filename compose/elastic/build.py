@@ -1,4 +1,4 @@
-"""`python -m compose.elastic.build`: dashboards.yml to dashboards.ndjson, which Kibana 8 and 9 import.
+"""`python -m compose.elastic.build`: dashboards.yml to dashboards.ndjson, which Kibana 8 and 9 import, and rules.yml to rules/.
 
 A panel is a TSVB visualization that the dashboard holds by value; a data view for each index goes with them.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from compose.elastic.rules import rules
 
 FOLDER = Path(__file__).parent
 COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e")
@@ -104,7 +106,7 @@ def _line(line: Mapping[str, Any], panel: Mapping[str, Any], ident: str, colour:
         "label": line["label"] if "by" not in line else "",
         "color": colour,
         "palette": {"type": "palette", "name": "default"},
-        "metrics": [_metric(line, f"{ident}-metric")],
+        "metrics": _metrics(line, f"{ident}-metric"),
         "separate_axis": 0,
         "axis_position": "right",
         "formatter": UNITS[panel.get("unit", "number")],
@@ -117,25 +119,37 @@ def _line(line: Mapping[str, Any], panel: Mapping[str, Any], ident: str, colour:
     }
 
 
-def _metric(line: Mapping[str, Any], ident: str) -> dict[str, Any]:
+def _metrics(line: Mapping[str, Any], ident: str) -> list[dict[str, Any]]:
     what, _, number = str(line["of"]).partition(" ")
     if what == "percentile":
         percentiles = [{"id": f"{ident}-p", "mode": "line", "shade": 0.2, "value": number, "percentile": ""}]
-        return {"id": ident, "type": "percentile", "field": line["field"], "percentiles": percentiles}
+        return [{"id": ident, "type": "percentile", "field": line["field"], "percentiles": percentiles}]
     if what == "count":
-        return (
+        return [
             {"id": ident, "type": "count"}
             if "field" not in line
             else {"id": ident, "type": "value_count", "field": line["field"]}
+        ]
+    kind = {"rate": "sum", "max": "max", "average": "avg", "sum": "sum"}[what]
+    found = [{"id": ident, "type": kind, "field": line["field"]}]
+    if what == "rate":  # the collector says what is new since the last scrape; the interval is in ms
+        variables = [{"id": f"{ident}-v", "name": "new", "field": ident}]
+        found.append(
+            {"id": f"{ident}-s", "type": "math", "variables": variables, "script": "params.new / params._interval * 1000"}
         )
-    kind = {"rate": "positive_rate", "max": "max", "average": "avg", "sum": "sum"}[what]
-    return {"id": ident, "type": kind, "field": line["field"], **({"unit": "1s"} if kind == "positive_rate" else {})}
+    return found
 
 
 def ndjson() -> str:
-    source = yaml.safe_load((FOLDER / "dashboards.yml").read_text(encoding="utf-8"))
-    return "".join(json.dumps(one) + "\n" for one in saved_objects(source))
+    return "".join(json.dumps(one) + "\n" for one in saved_objects(read("dashboards.yml")))
+
+
+def read(name: str) -> dict[str, Any]:
+    source: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    return source
 
 
 if __name__ == "__main__":
     (FOLDER / "dashboards.ndjson").write_text(ndjson(), encoding="utf-8")
+    for name, text in rules(read("rules.yml")).items():
+        (FOLDER / "rules" / name).write_text(text, encoding="utf-8")

@@ -11,6 +11,8 @@ umask 077
 sed -e "s/^POSTGRES_PASSWORD=$/POSTGRES_PASSWORD=$(secret)/" \
     -e "s/^RABBITMQ_PASSWORD=$/RABBITMQ_PASSWORD=$(secret)/" \
     -e "s/^REDIS_PASSWORD=$/REDIS_PASSWORD=$(secret)/" \
+    -e "s/^RABBITMQ_COOKIE=$/RABBITMQ_COOKIE=$(secret)/" \
     -e "s/^ELASTIC_PASSWORD=$/ELASTIC_PASSWORD=$(secret)/" \
-    -e "s/^KIBANA_PASSWORD=$/KIBANA_PASSWORD=$(secret)/" .env.example > .env
+    -e "s/^KIBANA_PASSWORD=$/KIBANA_PASSWORD=$(secret)/" \
+    -e "s/^KIBANA_KEY=$/KIBANA_KEY=$(secret)/" .env.example > .env
 echo "made compose/.env"

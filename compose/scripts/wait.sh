@@ -1,12 +1,13 @@
 #!/bin/sh
-# Waits until every service of the profile core is healthy: wait.sh [SECONDS], 180 unless given. Says which are not, and fails.
+# Waits until every service of the profile core is healthy, and others that are named: wait.sh [SECONDS [rabbitmq-2 …]], 180 s unless given.
+# Says which are not, and fails.
 set -eu
 here=$(dirname "$0")
 deadline=$(($(date +%s) + ${1:-180}))
-services="postgres rabbitmq redis orders-api outbox-dispatcher payment inventory aggregator notification"
-for service in $services; do
+[ $# = 0 ] || shift
+for service in postgres rabbitmq redis orders-api outbox-dispatcher payment inventory aggregator notification "$@"; do
     while :; do
-        container=$("$here/compose.sh" --profile core ps -q "$service" 2> /dev/null || true)
+        container=$("$here/compose.sh" --profile core --profile cluster --profile elastic ps -q "$service" 2> /dev/null || true)
         state=none
         [ -z "$container" ] || state=$(docker inspect -f '{{.State.Health.Status}}' "$container" 2> /dev/null || echo none)
         [ "$state" != healthy ] || break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import psycopg
 
 
 class Audit(msgspec.Struct, frozen=True):
-    """What became of the orders. All but the first three must be 0."""
+    """What became of the orders: of the run's in the first three, of all that there are in the others, which must be 0."""
 
     orders: int
     completed: int
@@ -30,7 +31,8 @@ class Audit(msgspec.Struct, frozen=True):
 OUTBOXES = ("orderbus.outbox", "orderbus.stuck")
 """The tables in which events wait until they are sent."""
 
-_FINISHED = "select count(*), count(finished_at), count(*) filter (where status = 'confirmed') from orders"
+_FINISHED = """
+select count(*), count(finished_at), count(*) filter (where status = 'confirmed') from orders where placed_at >= %s"""
 
 _LOST = {
     "accepted but not stored, or not finished": """
@@ -68,7 +70,8 @@ where (status = 'confirmed' and (payment.state is distinct from 'authorized' or 
 
 _E2E = """
 select coalesce(percentile_cont(0.5) within group (order by ms), 0), coalesce(percentile_cont(0.99) within group (order by ms), 0)
-from (select extract(epoch from finished_at - placed_at) * 1000 as ms from orders where finished_at is not null) spans"""
+from (select extract(epoch from finished_at - placed_at) * 1000 as ms from orders
+      where finished_at is not null and placed_at >= %s) spans"""
 
 _CURVES = """
 select second, sum(placed)::int, sum(finished)::int, max(p50), max(p99) from (
@@ -83,14 +86,14 @@ select second, sum(placed)::int, sum(finished)::int, max(p50), max(p99) from (
 ) seconds group by second order by second"""
 
 
-def audit(connection: psycopg.Connection[Any], accepted: Sequence[str]) -> Audit:
-    """Count. `accepted` are the order ids that the API answered with."""
+def audit(connection: psycopg.Connection[Any], accepted: Sequence[str], since: datetime) -> Audit:
+    """Count. `accepted` are the order ids that the API answered with, `since` is when the run began."""
     connection.execute("create temporary table if not exists accepted (order_id uuid primary key) on commit preserve rows")
     connection.execute("truncate accepted")
     with connection.cursor().copy("copy accepted from stdin") as copy:
         for order_id in set(accepted):
             copy.write_row((order_id,))
-    orders, completed, confirmed = _row(connection, _FINISHED)
+    orders, completed, confirmed = _row(connection, _FINISHED, since)
     return Audit(
         orders=orders,
         completed=completed,
@@ -113,9 +116,9 @@ def unsettled(connection: psycopg.Connection[Any], outboxes: Sequence[str] = OUT
     return sum(int(number) for number in _row(connection, "select " + ", ".join(f"({query})" for query in counted)))
 
 
-def end_to_end_ms(connection: psycopg.Connection[Any]) -> tuple[float, float]:
+def end_to_end_ms(connection: psycopg.Connection[Any], since: datetime) -> tuple[float, float]:
     """The median and the 99th percentile from an order's acceptance to its end, in milliseconds."""
-    p50, p99 = _row(connection, _E2E)
+    p50, p99 = _row(connection, _E2E, since)
     return float(p50), float(p99)
 
 
@@ -128,7 +131,7 @@ def _total(connection: psycopg.Connection[Any], queries: dict[str, str]) -> int:
     return sum(int(_row(connection, query)[0]) for query in queries.values())
 
 
-def _row(connection: psycopg.Connection[Any], query: str) -> tuple[Any, ...]:
-    row = connection.execute(query).fetchone()
+def _row(connection: psycopg.Connection[Any], query: str, *parameters: object) -> tuple[Any, ...]:
+    row = connection.execute(query, parameters or None).fetchone()
     assert row is not None
     return tuple(row)

@@ -16,6 +16,8 @@ TEXT = (COMPOSE / "docker-compose.yml").read_text()
 STACK: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = STACK["services"]
 OURS = ("orders-api", "outbox-dispatcher", "payment", "inventory", "aggregator", "notification")
+NODES = ("rabbitmq", "rabbitmq-2", "rabbitmq-3")
+SECRETS = ("PASSWORD", "COOKIE", "KEY")
 VARIABLE = re.compile(r"\$\{([A-Z_]+)(:?[-?])?")
 
 
@@ -33,10 +35,14 @@ def test_env_example_gives_the_defaults_of_the_stack() -> None:
 
 def test_secrets_have_no_default() -> None:
     for name, kind in VARIABLE.findall(TEXT):
-        if name.startswith(("ELASTIC_", "KIBANA_PASS")):  # needed by a profile that few start; the others must start without
+        if name in (
+            "ELASTIC_PASSWORD",
+            "KIBANA_PASSWORD",
+            "KIBANA_KEY",
+        ):  # of a profile that few start; the others must start without
             assert kind == ":-"
         else:
-            assert ("PASSWORD" in name) == (kind == ":?"), name
+            assert name.endswith(SECRETS) == (kind == ":?"), name
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -68,12 +74,53 @@ def test_only_servers_and_services_share_the_servers_network() -> None:
     assert STACK["networks"]["servers"]["internal"]
     assert {name for name, service in SERVICES.items() if "servers" in service["networks"]} == {
         *OURS,
+        *NODES,
         "prepare",
         "postgres",
-        "rabbitmq",
         "redis",
         "metricbeat",
+        "load",
     }
+
+
+def test_the_nodes_that_clients_go_to_are_chosen_in_one_place() -> None:
+    for name in (*OURS, "load"):
+        assert SERVICES[name]["environment"]["ORDERBUS_BROKER_URL"].endswith("@${RABBITMQ_HOSTS:-rabbitmq}/")
+    assert f"with the profile cluster {','.join(NODES)}\n# RABBITMQ_HOSTS=rabbitmq\n" in (COMPOSE / ".env.example").read_text()
+
+
+def test_nodes_that_join_come_after_the_one_that_they_join_and_share_its_cookie() -> None:
+    listed = re.findall(
+        r"^cluster_formation\S+nodes\.\d = rabbit@(\S+)$", (COMPOSE / "rabbitmq" / "join.conf").read_text(), re.MULTILINE
+    )
+    assert tuple(listed) == NODES
+    assert {SERVICES[name]["environment"]["RABBITMQ_ERLANG_COOKIE"] for name in NODES} == {
+        "${RABBITMQ_COOKIE:?see compose/.env.example}"
+    }
+    for name in NODES:
+        joins = any("join.conf" in volume for volume in SERVICES[name]["volumes"])
+        assert SERVICES[name]["hostname"] == name
+        assert joins == (SERVICES[name]["profiles"] == ["cluster"]) == (name != "rabbitmq")
+        assert ("rabbitmq" in SERVICES[name].get("depends_on", ())) == joins
+
+
+def test_the_load_waits_for_all_services_and_keeps_its_report() -> None:
+    load = SERVICES["load"]
+    assert load["restart"] == "no"
+    assert {name for name, how in load["depends_on"].items() if how == {"condition": "service_healthy"}} == set(OURS)
+    assert load["volumes"] == ["reports:/srv/build"]
+    chosen = dict(argument.removeprefix("--").split("=", 1) for argument in load["command"] if argument.startswith("--"))
+    assert {name: VARIABLE.sub("", value).strip("}-") for name, value in chosen.items()} == {
+        "url": "http://orders-api:8000",
+        "profile": "steady",
+        "rate": "200",
+        "seconds": "60",
+    }
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_logs_are_bounded_whatever_is_away_or_full(name: str) -> None:
+    assert SERVICES[name]["logging"] == {"driver": "json-file", "options": {"max-size": "20m", "max-file": "3"}}
 
 
 def test_prometheus_looks_for_the_services_that_there_are() -> None:
@@ -81,6 +128,39 @@ def test_prometheus_looks_for_the_services_that_there_are() -> None:
     (job,) = [one for one in config["scrape_configs"] if one["job_name"] == "orderbus"]
     assert sorted(one["targets"][0] for one in job["static_configs"]) == sorted(f"{name}:9464" for name in OURS)
     assert all(one["targets"] == [f"{one['labels']['service']}:9464"] for one in job["static_configs"])
+    elastic = yaml.safe_load((COMPOSE / "elastic" / "collector.yml").read_text())["receivers"]["prometheus"]["config"]
+    for one in (*config["scrape_configs"], *elastic["scrape_configs"]):
+        if one["job_name"].startswith("rabbitmq"):
+            assert one["dns_sd_configs"][0]["names"] == list(NODES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--profile", "core", "--profile", "clustre", "up"], {}),
+        (["--profile=clustre", "up"], {}),
+        (["up"], {"COMPOSE_PROFILES": "core,clustre"}),
+    ],
+)
+def test_a_profile_that_there_is_not_is_refused_before_anything_is_started(
+    arguments: list[str], environment: dict[str, str]
+) -> None:
+    done = subprocess.run(
+        ["sh", str(COMPOSE / "scripts" / "compose.sh"), *arguments],
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "there is no profile 'clustre'; there are: cluster core elastic load observe"
+
+
+def test_the_scripts_know_every_profile() -> None:
+    profiles = {profile for service in SERVICES.values() for profile in service["profiles"]}
+    assert set(re.findall(r"--profile (\w+)", (COMPOSE / "scripts" / "reset.sh").read_text())) == profiles
+    assert set(re.findall(r"(\w+) \(", TEXT.partition("x-service")[0])) == profiles
 
 
 @pytest.mark.parametrize("script", sorted((COMPOSE / "scripts").glob("*.sh")), ids=lambda path: path.name)
@@ -101,6 +181,6 @@ def test_setup_makes_secrets_once(tmp_path: Any) -> None:
 
     assert (folder / ".env").read_text() == first
     assert (folder / ".env").stat().st_mode & 0o077 == 0
-    secrets = dict(re.findall(r"^(\w+_PASSWORD)=(\w+)$", first, re.MULTILINE))
-    assert len(secrets) == len(set(secrets.values())) == 5
+    secrets = dict(re.findall(rf"^(\w+_(?:{'|'.join(SECRETS)}))=(\w+)$", first, re.MULTILINE))
+    assert len(secrets) == len(set(secrets.values())) == 7
     assert all(len(secret) == 48 for secret in secrets.values())

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
 
-from compose.elastic.build import FOLDER, ndjson
+from compose.elastic.build import FOLDER, ndjson, read
+from compose.elastic.rules import DATA, rules
 from tests.faults.world import ROOT
-from tests.services.test_alerts import listed
+from tests.services.test_alerts import RULES as PROMETHEUS_RULES, listed
 from tests.services.test_compose import OURS, SERVICES
 
-SOURCE: dict[str, Any] = yaml.safe_load((FOLDER / "dashboards.yml").read_text())
+SOURCE = read("dashboards.yml")
+RULES: list[dict[str, Any]] = read("rules.yml")["rules"]
 PANELS = [(dashboard["id"], panel) for dashboard in SOURCE["dashboards"] for panel in dashboard["panels"]]
 OF_LOGS = {
     "@timestamp",
@@ -29,6 +37,8 @@ OF_LOGS = {
     "span.id",
 }
 OF_SPANS = {"name", "duration", "status.code", "trace_id", "resource.attributes.service.name"}
+OF_SCRAPES = {"metrics.up", "resource.attributes.service.name", "resource.attributes.service.instance.id"}
+"""What the collector's Prometheus receiver says of each target itself: whether it answered, its job, its host and port."""
 OF_QUEUES = {
     "rabbitmq_detailed_queue_messages_ready",
     "rabbitmq_detailed_queue_messages_unacked",
@@ -44,6 +54,8 @@ def objects() -> list[dict[str, Any]]:
 
 def test_the_saved_objects_are_those_of_the_source() -> None:
     assert (FOLDER / "dashboards.ndjson").read_text() == ndjson(), "run python -m compose.elastic.build"
+    made = {path.name: path.read_text() for path in (FOLDER / "rules").iterdir()}
+    assert made == rules(read("rules.yml")), "run python -m compose.elastic.build"
 
 
 def test_there_are_the_four_dashboards() -> None:
@@ -65,13 +77,9 @@ def test_there_are_the_four_dashboards() -> None:
 
 @pytest.mark.parametrize(("dashboard", "panel"), PANELS, ids=[f"{name}: {panel['title']}" for name, panel in PANELS])
 def test_a_panel_shows_what_is_emitted(dashboard: str, panel: dict[str, Any]) -> None:
-    known = listed()
-    names = {re.sub(r"_(bucket|count|sum)$", "", name) for name in known} | known.keys() | OF_QUEUES
-    labels = {label for of_one in known.values() for label in of_one} | {"queue", "vhost"}
     for field in fields(panel):
         if panel["index"] == "metrics":
-            kind, _, name = field.partition(".")
-            assert name in {"metrics": names, "attributes": labels}[kind], field
+            assert field in fields_of_metrics()
         elif panel["index"] == "logs":
             assert field in OF_LOGS
         else:
@@ -84,9 +92,110 @@ def fields(panel: dict[str, Any]) -> set[str]:
     return of_lines | set(re.findall(r"([\w@.]+):", panel.get("query", "")))
 
 
+def fields_of_metrics() -> set[str]:
+    known = listed()
+    names = {re.sub(r"_(bucket|count|sum)$", "", name) for name in known} | known.keys() | OF_QUEUES
+    labels = {label for of_one in known.values() for label in of_one} | {"queue", "vhost"}
+    return {f"metrics.{name}" for name in names} | {f"attributes.{label}" for label in labels}
+
+
 def attributes_of_spans() -> set[str]:
     page = (ROOT / "docs" / "telemetry.md").read_text().partition("## Metrics")[0]
     return set(re.findall(r"`([a-z]+(?:\.[a-z_]+)+)`", page))
+
+
+# Rules
+
+
+def test_there_are_the_alerts_of_the_targets() -> None:
+    assert [rule["alert"] for rule in RULES] == ["OrdersApiSlow", "OrdersApiErrors", "DeadLetters", "ServiceDown"]
+    assert all(UUID(rule["id"]).version == 4 for rule in RULES)
+    assert DATA in {one["id"] for one in objects()}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_a_rule_watches_what_is_emitted(rule: dict[str, Any]) -> None:
+    queries = [rule.get("query", ""), *(of.get("query", "") for of in rule["of"].values())]
+    named = {field for query in queries for field in re.findall(r"([\w@.]+):", query)}
+    named |= {of["field"] for of in rule["of"].values() if "field" in of}
+    named |= {rule["by"]} if "by" in rule else set()
+    assert named <= fields_of_metrics() | OF_SCRAPES
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_a_rule_has_the_limit_that_prometheus_has(rule: dict[str, Any]) -> None:
+    (same,) = [one for one in PROMETHEUS_RULES if one["alert"] == rule["alert"]]
+    limit = re.search(r"(>|==) ([\d.]+)$", same["expr"])
+    assert limit is not None
+    # `up` is 0 or 1: what is less than 1 is 0.
+    assert rule["fires"].endswith(" < 1" if limit[0] == "== 0" else f" {limit[0]}")
+
+
+def test_what_a_rule_sums_or_counts_is_what_is_new() -> None:
+    """A counter that counts from the beginning on can't be summed, and Elasticsearch takes no such histogram."""
+    config = yaml.safe_load((FOLDER / "collector.yml").read_text())
+    assert config["service"]["pipelines"]["metrics"]["processors"].index("cumulativetodelta") == 1
+    counted = {re.match(r"metrics\.(\w+)", of["query"]) for rule in RULES for of in rule["of"].values() if of["take"] == "count"}
+    (statement,) = config["processors"]["transform"]["metric_statements"][0]["statements"]
+    assert {f'"{name[1]}"' for name in counted if name} == {statement.rpartition(" == ")[2]}
+    jobs = {job["job_name"] for job in config["receivers"]["prometheus"]["config"]["scrape_configs"]}
+    assert set(re.findall(r'service\.name: "(\w+)"', str(RULES))) <= jobs
+
+
+class Kibana(BaseHTTPRequestHandler):
+    """Answers a rule's creation with the status that `statuses` has for the alert, else 200; `taken` is what came."""
+
+    statuses: dict[str, int]
+    taken: list[tuple[str, bytes]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.taken.append((self.path, body))
+        name = json.loads(body)["name"].split()[1].rstrip(":") if "/rule/" in self.path else ""
+        assert self.headers["kbn-xsrf"]
+        self.send_response(self.statuses.get(name, 200))
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize(
+    ("statuses", "code"), [({}, 0), ({"OrdersApiErrors": 409}, 0), ({"DeadLetters": 400}, 1)], ids=["new", "there", "refused"]
+)
+def test_the_setup_loads_dashboards_then_rules_and_leaves_those_that_are_there(
+    statuses: dict[str, int], code: int, tmp_path: Path
+) -> None:
+    handler = type("Handler", (Kibana,), {"statuses": statuses, "taken": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        (tmp_path / ".curlrc").write_text(f"connect-to = kibana:5601:127.0.0.1:{server.server_address[1]}\n")
+        done = subprocess.run(
+            ["sh", str(FOLDER / "setup.sh"), "kibana"],
+            env={"PATH": "/usr/bin:/bin", "CURL_HOME": str(tmp_path), "ELASTIC_PASSWORD": "x"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        server.shutdown()
+        thread.join()
+    assert done.returncode == code, done.stderr
+    (first, imported), *others = handler.taken
+    assert first == "/api/saved_objects/_import?overwrite=true"
+    assert ndjson().encode() in imported
+    ids = [path.removeprefix("/api/alerting/rule/") for path, _ in others]
+    in_order = [rule["id"] for rule in sorted(RULES, key=lambda rule: rule["alert"])]
+    assert ids == (in_order[:1] if code else in_order)  # DeadLetters is the first by name
+    assert ("there already" in done.stdout) == (409 in statuses.values())
+    assert ("refused" in done.stderr) == bool(code)
+
+
+# The other files
 
 
 def test_a_log_line_has_the_fields_that_are_named_here() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
 from services.demo.processes import Child, wait_until_ready, wait_until_said
@@ -198,6 +201,34 @@ def test_a_collector_that_is_away_holds_nothing_up_and_is_told_of_once(
     assert time.monotonic() - began < 15  # 3 s for the goodbye, and whatever this machine takes for the rest
     told = [line for line in child.log.read_text().splitlines() if "opentelemetry" in line]
     assert len(told) == len({line.split(" ", 2)[-1] for line in told}) <= 4, told
+
+
+def test_a_collector_that_is_full_holds_no_order_up_and_is_told_of_once(shop_database_url: str, tmp_path: Path) -> None:
+    """What a collector answers whose Elasticsearch is full, when it has no room itself any more."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with collecting(status=503) as full, psycopg.connect(shop_database_url, autocommit=True) as connection:
+        environment = {
+            "ORDERS_API_PORT": str(port),
+            "ORDERBUS_BROKER_URL": f"memory://{secrets.token_hex(4)}",
+            "ORDERBUS_DATABASE_URL": shop_database_url,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": full.url,
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+            "OTEL_METRIC_EXPORT_INTERVAL": "100",
+        }
+        with running(environment, tmp_path, is_apart=False):
+            for number in range(20):
+                place(f"http://127.0.0.1:{port}", f"00-{number + 1:032x}-00f067aa0ba902b7-01")
+            until(full, lambda: bool(full.spans) and bool(full.metrics))
+            deadline = time.monotonic() + LIMIT_S
+            while connection.execute("select count(*) from orders where finished_at is not null").fetchone() != (20,):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    lines = [json.loads(line) for line in (tmp_path / "orders-api.out").read_text().splitlines() if line.startswith("{")]
+    told = [line["message"] for line in lines if line.get("log.logger", "").startswith("opentelemetry")]
+    assert 1 <= len(told) == len({re.sub(r"[\d.]+s", "", line) for line in told}) <= 6, told
 
 
 @pytest.mark.parametrize(
