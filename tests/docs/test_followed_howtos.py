@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import psycopg
@@ -12,7 +13,7 @@ from tests.docs.following import BLOCK, follow
 from tests.programs import ROOT
 
 HOWTO = ROOT / "docs" / "howto"
-PAGES = ["ordered-consumers", "schedule", "several-relays", "upgrade"]
+PAGES = ["ordered-consumers", "schedule", "several-relays", "upgrade", "from-faststream", "from-celery"]
 
 
 @pytest.fixture
@@ -34,4 +35,4 @@ async def test_a_page_works_as_it_is_written(page: str, tmp_path: Path, prepared
 def test_every_python_block_is_a_program_that_can_be_read(page: Path) -> None:
     for language, title, text in BLOCK.findall(page.read_text()):
         if language == "python":
-            compile(text, f"{page.name}: {title}", "exec", dont_inherit=True)
+            compile(text, f"{page.name}: {title}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
