@@ -21,8 +21,8 @@ LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 MOVED = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CHANGELOG.md": "changelog.md"}
 """Pages outside of docs/, and their names on the site. A page of docs/ keeps its own."""
 NAV = {
-    "Start": ["index.md"],
-    "How to": ["howto/*.md"],
+    "Start": ["index.md", "tutorial.md"],
+    "How to": ["howto/*.md", "adding-a-service.md"],
     "Reference": ["reference.md", "settings.md", "cli.md", "errors.md", "changelog.md"],
     "What holds": ["guarantees.md", "performance.md", "security.md"],
     "On call": ["operations.md", "telemetry.md"],
