@@ -13,15 +13,24 @@ RUN_S = 120.0
 
 def run_program(path: Path, folder: Path, **settings: str) -> str:
     """What a program prints on stdout; `settings` are in its environment. Fails where it ends with an error, or does not end."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ORDERBUS_")}
+    return _run([str(path)], folder, settings)
+
+
+def run_tests(folder: Path, *arguments: str, **environment: str) -> str:
+    """What pytest prints for the tests of a user's own in a folder. Fails where one of them does, or warns."""
+    return _run(["-m", "pytest", "-v", "-W", "error", *arguments], folder, environment)
+
+
+def _run(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ORDERBUS_", "PYTEST_"))}
     done = subprocess.run(
-        [sys.executable, str(path)],
+        [sys.executable, *arguments],
         cwd=folder,
-        env={**environment, **settings, "PYTHONPATH": str(ROOT)},
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=RUN_S,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -84,6 +84,8 @@ class Bus:
         self._periodics: list[Periodic] = []
         self._resources: dict[type, Resource] = {}
         self._middleware: list[Middleware] = []
+        self._new_engine: Callable[..., Engine] = Engine
+        """A test has one of its own, on servers of its own."""
         self._engine: Engine | None = None
         self._stack: AsyncExitStack | None = None
         self.receipt: DrainReceipt | None = None
@@ -226,7 +228,7 @@ class Bus:
         async with AsyncExitStack() as stack:
             resources = await stack.enter_async_context(Resources(self._resources))
             # Known before it is opened: the first message may be handled while others of its consumers still begin.
-            self._engine = Engine(
+            self._engine = self._new_engine(
                 self.group,
                 settings,
                 plans,

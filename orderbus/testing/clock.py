@@ -14,13 +14,15 @@ import asyncio
 import selectors
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import sniffio
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
     from _typeshed import FileDescriptorLike
 
-__all__ = ["DeadlockError", "VirtualTimeLoop", "virtual_backends"]
+__all__ = ["DeadlockError", "VirtualTimeLoop", "is_virtual", "virtual_backend", "virtual_backends"]
 
 PATIENCE_S = 10.0
 """How long, in real time, a test without timers may wait for a socket or a thread before it is taken for a deadlock."""
@@ -33,15 +35,29 @@ def virtual_backends() -> list[ParameterSet]:
     the next. A test that can't go on fails with DeadlockError on both.
     """
     import pytest
+
+    return [pytest.param(virtual_backend(name), id=f"{name}-virtual") for name in ("asyncio", "trio")]
+
+
+def virtual_backend(name: Literal["asyncio", "trio"]) -> tuple[str, dict[str, Any]]:
+    """What `anyio_backend` is to be for virtual time; of `anyio.run` it is `backend` and `backend_options`."""
+    if name == "asyncio":
+        return name, {"loop_factory": VirtualTimeLoop}
     from trio.testing import MockClock
 
     from orderbus.testing.trio_deadlock import DeadlockWatch
 
-    trio_options = {"clock": MockClock(autojump_threshold=0), "instruments": [DeadlockWatch()]}
-    return [
-        pytest.param(("asyncio", {"loop_factory": VirtualTimeLoop}), id="asyncio-virtual"),
-        pytest.param(("trio", trio_options), id="trio-virtual"),
-    ]
+    return name, {"clock": MockClock(autojump_threshold=0), "instruments": [DeadlockWatch()]}
+
+
+def is_virtual() -> bool:
+    """Whether the event loop that runs now has virtual time: a VirtualTimeLoop, or trio with a MockClock."""
+    if sniffio.current_async_library() == "trio":
+        import trio
+        from trio.testing import MockClock
+
+        return isinstance(trio.lowlevel.current_clock(), MockClock)
+    return isinstance(asyncio.get_running_loop(), VirtualTimeLoop)
 
 
 class DeadlockError(RuntimeError):

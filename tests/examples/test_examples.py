@@ -53,6 +53,17 @@ def test_trio_runs_handlers_as_trio_does(folder: Path) -> None:
     assert lines == ["order 1: box", "order 1: label", "order 2: box", "order 2: label", "parked: 1, a clean stop: True"]
 
 
+def test_testing_waits_three_hours_at_once_and_passes_its_own_tests(folder: Path) -> None:
+    lines = run_program(ROOT / "examples" / "06_testing.py", folder).splitlines()
+
+    assert lines == [
+        "passed: test_an_order_is_paid_once_however_often_it_arrives",
+        "three retries took 3 hours of virtual time",
+        "passed: test_a_gateway_that_is_down_for_three_hours_loses_no_order",
+        "passed: test_a_negative_amount_is_parked_with_its_reason",
+    ]
+
+
 def test_simulate_finds_the_bug_of_the_careless_shop_and_none_in_the_other(folder: Path) -> None:
     lines = run_program(ROOT / "examples" / "07_simulate.py", folder).splitlines()
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from uuid import UUID
 
 from orderbus import Batch, Bus, Event, Item, Retry, RetryLater, Settings, Tx
+from orderbus.testing import TestBus
 
 
 class OrderPlaced(Event, topic="orders.placed", key="order_id"):
@@ -111,3 +112,11 @@ async def program(tx: Tx, item: Item[OrderPlaced]) -> None:
 
 async def write(tx: Tx) -> str:
     return ""
+
+
+async def in_a_test(t: TestBus) -> None:
+    TestBus("payments")  # E: arg-type
+    await t.publish(Retry.none())  # E: arg-type
+    t.emitted(int)  # E: type-var
+    t.emitted(order_id=7)  # E: call-overload
+    t.fault("something else")  # E: arg-type

@@ -21,6 +21,7 @@ from orderbus import (
     new_id,
     run_until_signalled,
 )
+from orderbus.testing import Cost, Parked, TestBus, Try
 
 
 class OrderPlaced(Event, topic="orders.placed", key="order_id"):
@@ -160,3 +161,17 @@ async def program() -> None:
 
 async def write(tx: Tx) -> str:
     return ""
+
+
+async def in_a_test() -> None:
+    async with TestBus(bus, bus, answer=lambda sql, params: [(1,)]) as t:
+        assert_type(await t.publish(OrderPlaced(order_id=new_id(), total_cents=5)), UUID)
+        await t.settled(limit_s=5)
+        t.fault("message published twice", times=2)
+        assert_type(t.emitted(PaymentAuthorized, order_id=new_id()), list[PaymentAuthorized])
+        assert_type(t.emitted(times=3), list[Event])
+        assert_type(t.handled(OrderPlaced, total_cents=5), list[Try])
+        assert_type(t.retried(authorize, times=1), list[Try])
+        assert_type(t.parked("payments.orders.placed", reason="undecodable"), list[Parked])
+        assert_type(t.cost(authorize, statements=2), Cost)
+        assert_type(t.now(), datetime)
