@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import orderbus
-from orderbus.cli import check, describe, dlq, explain, outbox, publish, run, schema, top, topology
+from orderbus.cli import check, describe, dlq, explain, messages, outbox, publish, run, schema, top, topology
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("run", epilog=run.EXAMPLE)(run.run)
 app.command("describe", epilog=describe.EXAMPLE)(describe.describe)
 app.command("check", epilog=check.EXAMPLE)(check.check)
+app.add_typer(messages.app, name="messages")
 app.add_typer(schema.app, name="schema")
 app.add_typer(topology.app, name="topology")
 app.add_typer(dlq.app, name="dlq")
