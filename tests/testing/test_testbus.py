@@ -189,3 +189,18 @@ async def test_wrong_uses_say_what_to_do_instead(shop: Shop) -> None:
             await TestBus(shop.payments).__aenter__()
     with pytest.raises(UsageError, match="make a new one"):
         await t.__aenter__()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_in_real_time_it_works_as_well_and_says_so_where_a_wait_is_too_long(shop: Shop) -> None:
+    async with TestBus(shop.payments) as t:
+        await t.publish(Placed(order_id=7))
+        await t.settled()
+        t.emitted(Authorized, order_id=7)
+
+        await t.publish(Placed(order_id=8, cents=17))
+        with pytest.raises(StuckError) as stuck:
+            await t.settled(limit_s=0.05)
+
+    assert "after 0.05 s of real time" in str(stuck.value)
+    assert "this event loop runs in real time, in which a retry takes as long as it says: docs/testing.md" in str(stuck.value)
