@@ -14,7 +14,7 @@ from orderbus._core.ids import uuid7
 from orderbus.abc import InboxEntry, Verdict
 from orderbus.adapters.postgres import PostgresStore, apply, open_store, schema_sql
 from orderbus.adapters.postgres.partitions import create_partitions, partition_bounds
-from orderbus.errors import UsageError
+from orderbus.errors import TransientError, UsageError
 from tests.postgres.conftest import ALL, Sql, row
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 DAY_S = 86_400
 PARTITIONS = """select relname from pg_inherits join pg_class on oid = inhrelid
     where inhparent = 'orderbus.inbox'::regclass and relname <> 'inbox_default' order by 1"""
+
+WAITS = "select 1 from pg_stat_activity where application_name = 'tests' and wait_event_type = 'Lock'"
 
 
 async def handle(store: PostgresStore, *ids: UUID) -> list[Verdict]:
@@ -167,6 +169,25 @@ async def test_two_maintainers_do_not_collide(store: PostgresStore, query: Sql) 
     query(f"drop table {today(query).strftime('orderbus.inbox_%Y%m%d')}")
     await asyncio.gather(*(store.maintain(7 * DAY_S) for _ in range(4)))
     assert len(query(PARTITIONS)) == 9
+
+
+async def test_an_event_that_comes_while_the_partition_of_its_day_is_made_is_tried_again(
+    url: str, store: PostgresStore, query: Sql
+) -> None:
+    """PostgreSQL had sent it to the default partition, which no longer takes it when its lock is free."""
+    query(f"drop table {today(query).strftime('orderbus.inbox_%Y%m%d')}")
+    async with await psycopg.AsyncConnection.connect(url) as upkeep:
+        await create_partitions(upkeep)
+        handling = asyncio.create_task(handle(store, an_id(today(query))))
+        async with asyncio.timeout(10):
+            while not query(WAITS):  # noqa: ASYNC110 - the server tells nobody that a lock is waited for
+                await asyncio.sleep(0.001)
+        await upkeep.commit()
+
+        with pytest.raises(TransientError, match="violates partition constraint"):
+            await handling
+
+    assert await handle(store, an_id(today(query))) == [Verdict.NEW]
 
 
 async def test_creating_partitions_again_creates_none(store: PostgresStore) -> None:

@@ -40,11 +40,19 @@ def classify(error: psycopg.Error, where: str) -> UnavailableError | None:
     """The orderbus error for a driver's error; None where it is the statement's own (a constraint, a syntax error, …)."""
     text = str(error).strip().splitlines()
     detail = f"{where}: {text[0] if text else type(error).__name__}"
-    if isinstance(error, _TRANSIENT):
+    if isinstance(error, _TRANSIENT) or _is_of_a_new_partition(error):
         return TransientError(detail)
     if isinstance(error, _UNAVAILABLE) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):
         return UnavailableError(detail)
     return None
+
+
+def _is_of_a_new_partition(error: psycopg.Error) -> bool:
+    """An inbox row was on its way into the default partition while the partition of its day was attached: the next try finds that."""
+    return isinstance(error, errors.CheckViolation) and (error.diag.schema_name, error.diag.table_name) == (
+        "orderbus",
+        "inbox_default",
+    )
 
 
 def first_error(error: psycopg.Error) -> psycopg.Error:
