@@ -58,8 +58,9 @@ def configure(service: str, *, levels: str = "info", as_json: bool | None = None
 def levels_of(text: str) -> dict[str, int]:
     """The levels by their loggers' names; that of all others under "".
 
-    >>> levels_of("warning,orderbus.relay=debug")
-    {'': 30, 'orderbus.relay': 10}
+    Examples:
+        >>> levels_of("warning,orderbus.relay=debug")
+        {'': 30, 'orderbus.relay': 10}
     """
     found = {"": logging.INFO}
     for part in text.split(","):

@@ -17,8 +17,9 @@ def columns(rows: Iterable[Sequence[Any]]) -> list[Column]:
 
     The statement gives each its type, since Python's are not PostgreSQL's: `unnest(%s::uuid[], %s::integer[])`.
 
-    >>> columns([(1, "a"), (2, "b")])
-    [[1, 2], ['a', 'b']]
+    Examples:
+        >>> columns([(1, "a"), (2, "b")])
+        [[1, 2], ['a', 'b']]
     """
     try:
         return [Column(values) for values in zip(*rows, strict=True)]

@@ -74,10 +74,11 @@ class Event(msgspec.Struct, metaclass=EventMeta, frozen=True, kw_only=True):
 
     Raises UsageError when the class is defined with arguments or field types that orderbus refuses.
 
-    >>> class OrderPlaced(Event, topic="orders.placed", key="order_id"):
-    ...     order_id: int
-    >>> OrderPlaced(order_id=7)
-    OrderPlaced(order_id=7)
+    Examples:
+        >>> class OrderPlaced(Event, topic="orders.placed", key="order_id"):
+        ...     order_id: int
+        >>> OrderPlaced(order_id=7)
+        OrderPlaced(order_id=7)
     """
 
     __event_type__: ClassVar[EventType]

@@ -67,14 +67,15 @@ class Rule(msgspec.Struct, frozen=True):
 class Retry(msgspec.Struct, frozen=True):
     """An immutable retry policy: ordered rules per exception class; the first that matches decides.
 
-    >>> print(Retry.exponential(first=0.2, limit=60, attempts=4).never(ValueError))
-    exception         attempts  then wait
-    Park              -         parked with the handler's reason
-    RetryLater        -         as long as the handler says
-    MessageError      1         parked
-    UnavailableError  no limit  again with back-off, uncounted
-    ValueError        1         parked
-    Exception         4         200 ms, 400 ms, 800 ms, parked
+    Examples:
+        >>> print(Retry.exponential(first=0.2, limit=60, attempts=4).never(ValueError))
+        exception         attempts  then wait
+        Park              -         parked with the handler's reason
+        RetryLater        -         as long as the handler says
+        MessageError      1         parked
+        UnavailableError  no limit  again with back-off, uncounted
+        ValueError        1         parked
+        Exception         4         200 ms, 400 ms, 800 ms, parked
     """
 
     rules: tuple[Rule, ...]

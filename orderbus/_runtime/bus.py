@@ -59,7 +59,8 @@ class Bus:
     environment, which is read when the bus is opened, not when it is made. `format` is how events are written: "json" or
     "msgpack"; both are always read. Raises UsageError for a wrong name.
 
-    >>> bus = Bus("payments")
+    Examples:
+        >>> bus = Bus("payments")
     """
 
     def __init__(
