@@ -64,6 +64,23 @@ $(VENV)/.docs-ready: $(VENV)/.ready pyproject.toml
 docs: $(VENV)/.docs-ready ## The docs as a site in build/site; a broken link fails
 	$(BIN)/python docs/build.py
 
+$(VENV)/.release-ready: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --group release
+	@touch $@
+
+.PHONY: dist
+dist: $(VENV)/.release-ready ## Wheel and sdist in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist > /dev/null
+
+.PHONY: release-check
+release-check: dist ## The wheel, installed and tried on each Python that is here
+	$(BIN)/python -m tests.release
+
+.PHONY: api
+api: setup ## Write down the public API in docs/api.txt; says what CHANGELOG.md does not mention
+	$(BIN)/python -m tests.release.api
+
 .PHONY: fuzz
 fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))
