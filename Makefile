@@ -64,6 +64,39 @@ $(VENV)/.docs-ready: $(VENV)/.ready pyproject.toml
 docs: $(VENV)/.docs-ready ## The docs as a site in build/site; a broken link fails
 	$(BIN)/python docs/build.py
 
+$(VENV)/.release-ready: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --group release
+	@touch $@
+
+.PHONY: dist
+dist: $(VENV)/.release-ready ## Wheel and sdist in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist > /dev/null
+
+.PHONY: release-check
+release-check: dist ## The wheel, installed and tried on each Python that is here
+	$(BIN)/python -m tests.release
+
+.PHONY: api
+api: setup ## Write down the public API in docs/api.txt; says what CHANGELOG.md does not mention
+	$(BIN)/python -m tests.release.api
+
+$(VENV)/.coverage-ready: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --group coverage
+	@touch $@
+
+.PHONY: coverage
+coverage: $(VENV)/.coverage-ready ## All tests (or ARGS=tests/core), and the branches of orderbus/ that none of them takes
+	$(BIN)/python -m tests.coverage $(ARGS)
+
+$(VENV)/.mutants-ready: $(VENV)/.ready pyproject.toml
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --group mutants
+	@touch $@
+
+.PHONY: mutants
+mutants: $(VENV)/.mutants-ready ## Change _core in many ways: do tests/core notice? ONLY=policy,work
+	$(BIN)/python -m tests.core.mutants $(if $(ONLY),--only $(ONLY))
+
 .PHONY: fuzz
 fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))
@@ -94,4 +127,4 @@ format: setup ## Format and sort imports
 
 .PHONY: clean
 clean: ## Remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist mutants *.egg-info .mypy_cache .ruff_cache .import_linter_cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,4 +29,6 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     >>> nearest("orders.plcaed", ["orders.placed", "orders.paid"])
     'orders.placed'
     """
+    import difflib  # for those who misspell only
+
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=LIKENESS)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import msgspec
@@ -16,12 +16,14 @@ from orderbus._core.topology import QueueNeed, Topology
 from orderbus._core.work import Route
 from orderbus._runtime.accounts import Accounts
 from orderbus._runtime.guard import Guard
-from orderbus._runtime.metrics import Metrics
 from orderbus._runtime.session import Session
 from orderbus._runtime.stats import HandlerStats, QueueStats, Stats
 from orderbus._runtime.tracing import Tracing
 from orderbus.abc import Broker
 from orderbus.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from orderbus._runtime.metrics import Metrics
 
 log = logging.getLogger("orderbus.consumer")
 

@@ -117,6 +117,16 @@ class Portal:
         with anyio.CancelScope(shield=True):
             await crossing.ended.wait()
 
+    def broker(self, inner: Broker) -> Broker:
+        """A broker of the asyncio thread, to be called from here."""
+        return PortalBroker(self, inner)
+
+    def store(self, inner: Store) -> Store:
+        return PortalStore(self, inner)
+
+    def claims(self, inner: Claims) -> Claims:
+        return PortalClaims(self, inner)
+
 
 class _Crossing(Generic[T]):
     """One call over there: its cancel scope, and what became of it."""

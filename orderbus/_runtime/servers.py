@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import sniffio
 
 from orderbus._core.settings import Settings
 from orderbus._runtime.opening import asyncio_only, open_broker, open_claims, open_store
-from orderbus._runtime.portal import Portal, PortalBroker, PortalClaims, PortalStore, open_portal
 from orderbus._runtime.starting import starting
 from orderbus.abc import Broker, Claims, Store
 from orderbus.errors import UsageError
+
+if TYPE_CHECKING:
+    from orderbus._runtime.portal import Portal
 
 T = TypeVar("T")
 
@@ -36,7 +38,7 @@ class Servers:
         assert settings.broker_url is not None
         with starting(self._group, "to connect to the broker", self._clock):
             broker = await self._enter(stack, settings.broker_url, open_broker(settings.broker_url, name=self._group))
-        self._broker = PortalBroker(self._portal, broker) if self._portal and _crosses(settings.broker_url) else broker
+        self._broker = self._portal.broker(broker) if self._portal and _crosses(settings.broker_url) else broker
         database_url, redis_url = settings.database_url, settings.redis_url
         if settings.broker_url.startswith("memory:"):
             database_url = database_url or settings.broker_url
@@ -45,16 +47,19 @@ class Servers:
             opening = open_store(database_url, name=self._group, pool_size=settings.pool_size)
             with starting(self._group, "to connect to the database and to look at its schema", self._clock):
                 store = await self._enter(stack, database_url, opening)
-                self._store = PortalStore(self._portal, store) if self._portal and _crosses(database_url) else store
+                self._store = self._portal.store(store) if self._portal and _crosses(database_url) else store
                 await self._store.check()
         if redis_url is not None:
             claims = await self._enter(stack, redis_url, open_claims(redis_url, prefix=settings.redis_prefix))
-            self._claims = PortalClaims(self._portal, claims) if self._portal and _crosses(redis_url) else claims
+            self._claims = self._portal.claims(claims) if self._portal and _crosses(redis_url) else claims
 
     async def _enter(self, stack: AsyncExitStack, url: str, manager: AbstractAsyncContextManager[T]) -> T:
         if not _crosses(url):
             return await stack.enter_async_context(manager)
         if self._portal is None:
+            # Here, since with asyncio and anyio's threads it would be a third of the time that `import orderbus` takes.
+            from orderbus._runtime.portal import open_portal
+
             self._portal = await stack.enter_async_context(open_portal())
         return await stack.enter_async_context(self._portal.entered(manager))
 

@@ -1,12 +1,18 @@
 """The states of a delivery: settled once, and acknowledged only when that is safe."""
 
 from itertools import product
+from uuid import UUID
 
 import pytest
 from hypothesis import given, strategies as st
 
-from orderbus import InvariantError
+from orderbus import Batch, Delivery, Event, InvariantError, Item, Park, RetryLater
 from orderbus._core.delivery import TRANSITIONS, State, Step, step
+
+
+class Placed(Event, topic="orders.placed"):
+    order: str
+
 
 FINAL = {State.ACKED, State.RELEASED, State.REJECTED, State.DEAD_LETTERED}
 
@@ -39,3 +45,46 @@ def test_final_states_are_final_and_every_other_one_can_be_given_back() -> None:
 
 def test_only_what_ran_or_was_confirmed_elsewhere_is_acknowledged() -> None:
     assert {state for (state, _), to in TRANSITIONS.items() if to is State.ACKED} == {State.RUNNING, State.LEAVING}
+
+
+def items_of(count: int) -> list[Item[Placed]]:
+    delivery = Delivery(UUID(int=1), "orders.placed", None, 1, {}, 0.0)
+    return [Item(Placed(order=str(n)), delivery) for n in range(count)]
+
+
+def test_a_batch_is_its_items_in_their_order() -> None:
+    items = items_of(3)
+    batch = Batch(items)
+
+    assert [item.event.order for item in batch] == ["0", "1", "2"]
+    assert list(batch) == items
+    assert len(batch) == 3
+    assert batch.events == [item.event for item in items]
+    assert all(item.delivery.topic == "orders.placed" for item in batch)
+
+
+def test_an_item_succeeds_unless_the_handler_says_otherwise() -> None:
+    (item,) = items_of(1)
+    assert item.outcome is None
+
+    item.park("no stock")
+    assert isinstance(item.outcome, Park)
+    assert item.outcome.reason == "no stock"
+
+
+@pytest.mark.parametrize("delay", [5, 0.25])
+def test_an_item_is_retried_after_a_time(delay: float) -> None:
+    (item,) = items_of(1)
+    item.retry(delay)
+
+    assert isinstance(item.outcome, RetryLater)
+    assert item.outcome.delay_s == delay
+    assert item.outcome.counted
+
+
+def test_an_item_is_retried_as_the_policy_says_for_an_exception() -> None:
+    (item,) = items_of(1)
+    error = KeyError("x")
+    item.retry(error)
+
+    assert item.outcome is error

@@ -85,6 +85,100 @@ def test_what_has_no_room_beside_the_reason_is_left_out_and_counted(count: int, 
     assert kept == sorted(kept)
 
 
+def test_a_parked_message_says_all_that_the_person_on_call_will_ask() -> None:
+    message = incoming({"ob-key": "a"}, timestamp_s=5, content_type="application/msgpack")
+    work = work_of(message, attempt=3)
+    work.first_failed_at = NOW - 60
+
+    parked = parked_message(message, "failed", ValueError("no stock"), work=work, now_s=NOW)
+
+    assert parked.headers == {
+        "ob-key": "a",
+        "ob-reason": "failed",
+        "ob-error": "ValueError",
+        "ob-error-text": "no stock",
+        "ob-handler": "shop.orders.placed",
+        "ob-queue": "shop.orders.placed",
+        "ob-attempt": 3,
+        "ob-first-failed-at": NOW - 60,
+        "ob-parked-at": NOW,
+    }
+    assert (parked.exchange, parked.routing_key) == ("", "shop.orders.placed.dlq")
+    assert (parked.message_id, parked.type, parked.body) == ("id", "orders.placed", message.body)
+    assert (parked.content_type, parked.timestamp_s) == ("application/msgpack", 5)
+
+
+def test_a_first_failure_was_now_and_what_had_no_handler_has_none() -> None:
+    message = incoming()
+    message._properties = Properties()
+
+    known = parked_message(message, "failed", None, work=work_of(message), now_s=NOW)
+    unknown = parked_message(message, "unknown-topic", None, work=None, now_s=NOW)
+
+    assert known.headers["ob-first-failed-at"] == NOW
+    assert (known.message_id, known.type, known.content_type) == ("", "orders.placed", "application/json")
+    assert unknown.headers == {"ob-reason": "unknown-topic", "ob-queue": "shop.orders.placed", "ob-parked-at": NOW}
+    assert unknown.type == ""
+
+
+def test_our_own_headers_are_the_last_to_be_left_out_and_a_large_one_keeps_no_small_one_out() -> None:
+    headers = {**{f"h{n:02}": "x" * 500 for n in range(40)}, "ob-mine": "x" * 500, "z": 1}
+
+    kept = parked_message(incoming(headers), "failed", None, work=None, now_s=NOW).headers
+
+    assert (kept["ob-mine"], kept["z"]) == ("x" * 500, 1)
+    assert [name for name in kept if name.startswith("h")] == [f"h{n:02}" for n in range(28)]
+    assert kept["ob-left-out"] == 12
+
+
+def test_a_header_that_just_fits_is_kept() -> None:
+    why = parked_message(incoming(), "failed", ValueError("e" * 500), work=None, now_s=NOW).headers
+    just = "x" * (15 * 1024 - header_bytes(why) - header_bytes({"a": ""}))
+
+    kept, left_out = (
+        parked_message(incoming({"a": text}), "failed", ValueError("e" * 500), work=None, now_s=NOW).headers
+        for text in (just, just + "x")
+    )
+
+    assert kept == {**why, "a": just}
+    assert left_out == {**why, "ob-left-out": 1}
+
+
+def test_why_it_was_parked_replaces_what_the_message_said_and_the_rest_stays() -> None:
+    work = work_of(incoming({"ob-attempt": 2, "mine": 1}), attempt=3)
+
+    headers = parked_message(work.incoming, "failed", None, work=work, now_s=NOW).headers
+
+    assert (headers["ob-attempt"], headers["mine"]) == (3, 1)
+
+
+@pytest.mark.parametrize(("delay", "step", "returns_by_itself"), [(1801, 3600, True), (3600, 3600, True), (3600.5, 3600, False)])
+def test_a_retry_says_until_when_only_where_the_ladder_is_too_short(delay: float, step: int, returns_by_itself: bool) -> None:
+    message = retry_message(work_of(incoming()), delay, counted=True, now_s=NOW)
+
+    assert message.exchange == f"ob.retry.{step}000ms"
+    assert ("ob-not-before" not in message.headers) is returns_by_itself
+
+
+def test_a_parked_message_has_64_headers_at_most_of_which_one_counts_what_was_left_out() -> None:
+    full = parked_message(incoming({f"h{n:02}": 1 for n in range(61)}), "failed", None, work=None, now_s=NOW).headers
+    fits = parked_message(incoming({f"h{n:02}": 1 for n in range(60)}), "failed", None, work=None, now_s=NOW).headers
+
+    assert (len(full), full["ob-left-out"]) == (64, 1)
+    assert (len(fits), "ob-left-out" in fits) == (63, False)
+
+
+def test_text_that_utf_8_can_not_write_is_replaced_and_the_rest_is_kept() -> None:
+    parked = parked_message(incoming(), "bad \udcff", ValueError("é \udcff"), work=None, now_s=NOW)
+
+    assert (parked.headers["ob-reason"], parked.headers["ob-error-text"]) == ("bad ?", "é ?")
+    assert error_text(ValueError("x" * 1001)) == "x" * 1000
+
+
+def test_a_dead_letter_of_a_stranger_can_be_replayed_though_it_has_no_attempts() -> None:
+    assert replayed_message(incoming({"mine": 1}), "shop.orders.placed").headers == {"mine": 1}
+
+
 def test_a_message_whose_properties_can_not_be_read_is_parked_with_their_bytes() -> None:
     def decode(raw: bytes) -> Properties:
         raise MessageError("malformed-properties", "no")

@@ -293,6 +293,25 @@ def test_the_mark_of_a_delete_is_what_was_known_when_it_was_sent_not_when_it_ret
     assert floor.value == 7
 
 
+def test_a_floor_rises_again_with_the_next_delete() -> None:
+    floor = Floor()
+    for last_id, xid in ((7, 12), (9, 14)):
+        floor.read(xmin=xid - 1, last_id=last_id, lowest_id=last_id)
+        floor.deleted(floor.mark(), xid)
+        floor.read(xmin=xid + 1, last_id=last_id, lowest_id=None)
+        assert floor.value == last_id
+
+
+def test_a_delete_that_ends_while_another_is_waited_for_changes_nothing() -> None:
+    floor = Floor()
+    floor.read(xmin=10, last_id=7, lowest_id=3)
+    floor.deleted(floor.mark(), xid=12)
+    floor.read(xmin=11, last_id=20, lowest_id=8)
+    floor.deleted(floor.mark(), xid=30)
+    floor.read(xmin=13, last_id=20, lowest_id=None)
+    assert floor.value == 7
+
+
 rows = st.lists(st.builds(Row, st.integers(1, 10**9), st.sampled_from([None, *KEYS])), max_size=30)
 
 
@@ -349,6 +368,11 @@ def test_a_relay_that_leaves_keeps_only_what_it_names() -> None:
 def test_a_stuck_row_waits_longer_each_time_up_to_seven_and_a_half_minutes(attempts: int, jitter: float) -> None:
     assert 1 <= stuck_retry_s(attempts, jitter) <= 450
     assert stuck_retry_s(attempts, 0) <= stuck_retry_s(attempts + 1, 0)
+
+
+def test_a_stuck_row_waits_a_second_then_twice_as_long_each_time_and_up_to_half_as_long_again() -> None:
+    assert [stuck_retry_s(attempts, 0) for attempts in (1, 2, 3, 9, 10, 10**6)] == [1, 2, 4, 256, 300, 300]
+    assert [stuck_retry_s(3, jitter) for jitter in (0.5, 1)] == [5, 6]
 
 
 def test_the_wait_grows_from_5_ms_to_250_ms_while_nothing_is_found() -> None:

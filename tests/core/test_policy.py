@@ -1,6 +1,7 @@
 """Retry policies: what follows a failure is one pure function over one table."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, strategies as st
@@ -12,6 +13,7 @@ from orderbus._core.policy import (
     LONGEST_DELAY_S,
     Again,
     Parked,
+    Rule,
     backoff_s,
     bare,
     decide,
@@ -72,7 +74,7 @@ def test_a_missing_server_is_waited_for_for_ever_and_never_counted(policy: Retry
     decision = decide(policy.never(UnavailableError), UnavailableError(), attempt)
 
     assert isinstance(decision, Again)
-    assert not decision.counted
+    assert decision.counted is False
     assert 0 < decision.delay_s <= 5
 
 
@@ -136,23 +138,41 @@ def test_delays_below_a_second_are_waited_out_in_the_process(delay: float, is_in
     assert Again(delay).in_process is is_in_process
 
 
+HEAD = """\
+exception         attempts  then wait
+Park              -         parked with the handler's reason
+RetryLater        -         as long as the handler says
+MessageError      1         parked
+UnavailableError  no limit  again with back-off, uncounted
+"""
+
+
 @pytest.mark.parametrize(
-    ("policy", "text"),
+    ("make", "rows"),
     [
-        (Retry.none(), "Exception         1         parked"),
-        (Retry.fixed(90, attempts=3), "Exception         3         1.5 min, 1.5 min, parked"),
-        (Retry.exponential(first=0.05, limit=1, attempts=4, factor=10), "Exception         4         50 ms, 500 ms, 1 s, parked"),
-        (Retry.none().never(CardRefused, KeyError), "CardRefused, KeyError  1         parked"),
-        (Retry.none().on(KeyError, retry=Retry.fixed(2, attempts=2)), "KeyError          2         2 s, parked"),
+        (lambda: Retry.none(), "Exception         1         parked"),
+        (lambda: Retry.fixed(90, attempts=3), "Exception         3         1.5 min, 1.5 min, parked"),
+        (lambda: Retry.fixed(60, attempts=2), "Exception         2         1 min, parked"),
+        (lambda: Retry.fixed(59.5, attempts=2), "Exception         2         59.5 s, parked"),
+        (
+            lambda: Retry.exponential(first=0.05, limit=1, attempts=4, factor=10),
+            "Exception         4         50 ms, 500 ms, 1 s, parked",
+        ),
+        (
+            lambda: Retry.none().on(KeyError, retry=Retry.fixed(2, attempts=2)),
+            "KeyError          2         2 s, parked\nException         1         parked",
+        ),
     ],
 )
-def test_a_policy_prints_itself_as_the_table_it_is(policy: Retry, text: str) -> None:
-    lines = str(policy).splitlines()
+def test_a_policy_prints_itself_as_the_table_it_is(make: Callable[[], Retry], rows: str) -> None:
+    assert str(make()) == HEAD + rows
 
-    assert text in lines
-    assert lines[0].split() == ["exception", "attempts", "then", "wait"]
-    assert [line.split()[0] for line in lines[1:5]] == ["Park", "RetryLater", "MessageError", "UnavailableError"]
-    assert len({line.index("parked") for line in lines if line.endswith(" parked") and "," not in line}) == 1
+
+def test_the_table_is_as_wide_as_its_longest_name() -> None:
+    lines = str(Retry.none().never(CardRefused, KeyError)).splitlines()
+
+    assert lines[0] == "exception              attempts  then wait"
+    assert lines[-2:] == ["CardRefused, KeyError  1         parked", "Exception              1         parked"]
 
 
 def test_the_default_policy_is_what_its_documentation_says() -> None:
@@ -161,33 +181,75 @@ def test_the_default_policy_is_what_its_documentation_says() -> None:
     )
 
 
+ATTEMPTS = "Retry: attempts must be a whole number from 1 to 1000, not "
+FACTOR = "Retry.exponential: factor must be between 1 and 100, not "
+DELAY = "a delay is a number of seconds from 0 to 2.592e+06, not "
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("make", "text"),
     [
-        lambda: Retry.exponential(attempts=0),
-        lambda: Retry.exponential(attempts=1001),
-        lambda: Retry.exponential(attempts=1.5),
-        lambda: Retry.exponential(first=-1),
-        lambda: Retry.exponential(first=math.nan),
-        lambda: Retry.exponential(limit=math.inf),
-        lambda: Retry.exponential(limit=LONGEST_DELAY_S + 1),
-        lambda: Retry.exponential(factor=0.5),
-        lambda: Retry.exponential(factor=math.nan),
-        lambda: Retry.fixed("1", attempts=2),
-        lambda: Retry.fixed(1, attempts="2"),
-        lambda: Retry.none().never(),
-        lambda: Retry.none().never(5),
-        lambda: Retry.none().never(BaseException),
-        lambda: Retry.none().on(KeyboardInterrupt, retry=Retry.none()),
-        lambda: Retry(()),
-        lambda: RetryLater(-1),
-        lambda: RetryLater(math.inf),
-        lambda: RetryLater(None),
+        (lambda: Retry.exponential(attempts=0), ATTEMPTS + "0"),
+        (lambda: Retry.exponential(attempts=1001), ATTEMPTS + "1001"),
+        (lambda: Retry.exponential(attempts=1.5), ATTEMPTS + "1.5"),
+        (lambda: Retry.exponential(first=-1), f"first: {DELAY}-1"),
+        (lambda: Retry.exponential(first=math.nan), f"first: {DELAY}nan"),
+        (lambda: Retry.exponential(limit=math.inf), f"limit: {DELAY}inf"),
+        (lambda: Retry.exponential(limit=LONGEST_DELAY_S + 1), f"limit: {DELAY}2592001.0"),
+        (lambda: Retry.exponential(factor=0.5), FACTOR + "0.5"),
+        (lambda: Retry.exponential(factor=100.5), FACTOR + "100.5"),
+        (lambda: Retry.exponential(factor=math.nan), FACTOR + "nan"),
+        (lambda: Retry.fixed("1", attempts=2), f"delay: {DELAY}'1'"),
+        (lambda: Retry.fixed(1, attempts="2"), ATTEMPTS + "'2'"),
+        (lambda: Retry.none().never(), "Retry.never() needs at least one exception class"),
+        (lambda: Retry.none().never(5), "Retry.never(): 5 is not an exception class"),
+        (lambda: Retry.none().never(BaseException), "Retry.never(): <class 'BaseException'> is not an exception class"),
+        (lambda: Retry.none().on(retry=Retry.none()), "Retry.on() needs at least one exception class"),
+        (
+            lambda: Retry.none().on(KeyboardInterrupt, retry=Retry.none()),
+            "Retry.on(): <class 'KeyboardInterrupt'> is not an exception class",
+        ),
+        (lambda: Retry(()), "Retry: a policy has at least one rule; begin with Retry.exponential(), fixed() or none()"),
+        (lambda: RetryLater(-1), f"RetryLater: {DELAY}-1"),
+        (lambda: RetryLater(math.inf), f"RetryLater: {DELAY}inf"),
+        (lambda: RetryLater(None), f"RetryLater: {DELAY}None"),
     ],
 )
-def test_a_policy_that_makes_no_sense_is_refused_when_it_is_written(make) -> None:
-    with pytest.raises(UsageError):
+def test_a_policy_that_makes_no_sense_is_refused_when_it_is_written(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(UsageError) as raised:
         make()
+
+    assert (raised.value.text, raised.value.code) == (text, "OB315")
+
+
+def test_the_edges_of_what_makes_sense_are_taken() -> None:
+    policy = Retry.exponential(first=0, limit=LONGEST_DELAY_S, attempts=1000, factor=100)
+
+    assert len(policy.rules[0].delays_s) == 999
+    assert Retry.exponential(attempts=1) == Retry.fixed(5, attempts=1) == Retry.none()
+    assert Retry.exponential(factor=1).rules[0].delays_s == (0.2,) * 7
+
+
+def test_orders_of_a_handler_say_what_they_are_where_they_are_logged() -> None:
+    assert str(Park("no stock")) == "no stock"
+    assert str(RetryLater(5)) == "retry in 5 s"
+
+
+def test_the_last_attempt_of_a_policy_may_still_ask_for_another() -> None:
+    policy = Retry.fixed(1, attempts=3)
+
+    assert decide(policy, RetryLater(5), 2) == Again(5)
+    assert decide(policy, RetryLater(5), 3) == Parked("retries-exhausted")
+    assert decide(policy, ValueError(), 2) == Again(1.0)
+    assert decide(policy, ValueError(), 3) == Parked("retries-exhausted")
+
+
+def test_what_no_rule_names_goes_by_the_last() -> None:
+    policy = Retry((Rule((KeyError,), ()), Rule((LookupError,), (1.0,))))
+
+    assert policy.rule_for(ValueError()) is policy.rules[1]
+    assert decide(policy, ValueError(), 1) == Again(1.0)
+    assert policy.longest_s == 1.0
 
 
 @given(st.integers(0, 10_000), st.floats(0, 1))

@@ -1,5 +1,6 @@
 """The two orders in which a consumer takes up its deliveries, as state machines without any time of their own."""
 
+import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -172,6 +173,68 @@ def test_a_head_that_may_yield_is_crowded_out_when_it_begins_to_wait_or_when_fol
 
         assert intake.take(1) == [head]
         assert head.crowded
+
+
+@pytest.mark.parametrize("followers_first", [True, False])
+def test_as_many_followers_as_there_may_be_crowd_nobody_out(followers_first: bool) -> None:
+    intake = KeyOrder(2)
+    followers = [work("a", n) for n in (2, 3)]
+    intake.add([work("a", 1), *(followers if followers_first else [])])
+    (head,) = intake.take(1)
+    head.yields = True
+    intake.wait(head, 1000.0)
+    if not followers_first:
+        intake.add(followers)
+
+    assert intake.take(1) == []
+    assert not head.crowded
+
+
+def test_of_those_that_wait_until_the_same_moment_the_first_to_begin_is_the_first_to_come_back() -> None:
+    intake = AnyOrder()
+    intake.add([work(key, n) for n, key in enumerate("cab")])
+    taken = intake.take(9)
+    for one in taken:
+        intake.wait(one, 5.0)
+    intake.wake(5.0)
+
+    assert intake.take(9) == taken
+
+
+def test_a_key_that_is_no_text_is_none() -> None:
+    intake = KeyOrder(1)
+    works = [
+        Work(
+            Incoming(
+                queue="q", exchange="", routing_key="", body=b"", tag=n, epoch=1, properties=Properties(headers={"ob-key": 5})
+            )
+        )
+        for n in range(2)
+    ]
+    intake.add(works)
+
+    assert intake.take(9) == works
+    assert [one.key for one in works] == [None, None]
+    for one in works:
+        intake.done(one)
+    assert intake.take(9) == []
+
+
+def test_a_key_that_has_left_is_done_once() -> None:
+    intake = KeyOrder(1)
+    intake.add([work("a", 1)])
+    (one,) = intake.take(1)
+    intake.done(one)
+    intake.done(one)
+    intake.add([work("a", 2)])
+
+    assert [other.incoming.tag for other in intake.take(9)] == [2]
+
+
+def test_what_has_no_key_comes_before_every_key() -> None:
+    works = [work("A", 1), work(None, 2)]
+
+    assert by_key(works) == works[::-1]
 
 
 def test_a_head_that_may_not_yield_keeps_its_place_however_many_follow() -> None:
