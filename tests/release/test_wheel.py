@@ -17,6 +17,8 @@ import pytest
 import orderbus
 from tests.programs import ROOT
 
+PLUGIN = "orderbus_pytest.py"
+"""For the tests of users."""
 SOURCES = {
     path.relative_to(ROOT).as_posix() for path in (ROOT / "orderbus").rglob("*") if path.suffix in {".py", ".sql", ".typed"}
 }
@@ -29,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     """Built from a copy: a build in the checkout would keep what an earlier one left in build/."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "orderbus", source / "orderbus", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", PLUGIN):
         shutil.copy(ROOT / name, source)
     subprocess.run(
         [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(source / 'dist')!r})"],
@@ -50,7 +52,7 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 def test_the_wheel_has_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
 
-    assert names == SOURCES
+    assert names == SOURCES | {PLUGIN}
     assert {"orderbus/py.typed", "orderbus/adapters/postgres/schema/0001_outbox_and_inbox.sql"} <= names
 
 
