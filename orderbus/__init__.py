@@ -11,7 +11,7 @@ from orderbus._core.policy import Park, Retry, RetryLater
 from orderbus._core.settings import Settings
 from orderbus._runtime.bus import Bus, new_id
 from orderbus._runtime.collecting import collect_rarely
-from orderbus._runtime.consumer import Middleware
+from orderbus._runtime.environment import Middleware
 from orderbus._runtime.signals import run_until_signalled
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tx import Tx

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import anyio
 
@@ -13,13 +12,11 @@ from orderbus._core.leaving import error_text
 from orderbus._core.message import Incoming, Outgoing
 from orderbus._core.policy import Again, bare
 from orderbus._core.work import Work
+from orderbus._runtime.environment import Environment
 from orderbus._runtime.guard import HANDLED
 from orderbus._runtime.outage import Outage
+from orderbus._runtime.stats import QueueStats
 from orderbus.errors import MessageError, TransientError, UnavailableError
-
-if TYPE_CHECKING:
-    from orderbus._runtime.consumer import Environment
-    from orderbus._runtime.stats import QueueStats
 
 log = logging.getLogger("orderbus.consumer")
 

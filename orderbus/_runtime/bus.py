@@ -34,8 +34,8 @@ from orderbus._core.naming import line_of_caller, nearest
 from orderbus._core.policy import DEFAULT_RETRY, Retry
 from orderbus._core.settings import Settings
 from orderbus._core.topology import Topology, topology_for
-from orderbus._runtime.consumer import Middleware
 from orderbus._runtime.engine import Engine
+from orderbus._runtime.environment import Middleware
 from orderbus._runtime.resources import Resource, Resources, resource_of
 from orderbus._runtime.stats import DrainReceipt, Stats
 from orderbus._runtime.tracing import current_trace

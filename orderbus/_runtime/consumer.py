@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
 
 import anyio
-import msgspec
 
-from orderbus._core.delivery import Delivery
 from orderbus._core.policy import backoff_s
-from orderbus._core.topology import QueueNeed, Topology
+from orderbus._core.topology import QueueNeed
 from orderbus._core.work import Route
 from orderbus._runtime.accounts import Accounts
+from orderbus._runtime.environment import Environment
 from orderbus._runtime.guard import Guard
 from orderbus._runtime.session import Session
-from orderbus._runtime.stats import HandlerStats, QueueStats, Stats
-from orderbus._runtime.tracing import Tracing
-from orderbus.abc import Broker
+from orderbus._runtime.stats import HandlerStats, QueueStats
 from orderbus.errors import UnavailableError
 
-if TYPE_CHECKING:
-    from orderbus._runtime.metrics import Metrics
-
 log = logging.getLogger("orderbus.consumer")
-
-
-class Middleware(Protocol):
-    """Around a unit of deliveries: one, or as many as share a transaction. Call `call_next` once; what it raises is the unit's failure."""
-
-    async def __call__(self, deliveries: Sequence[Delivery], call_next: Callable[[], Awaitable[None]]) -> None: ...
-
-
-class Environment(msgspec.Struct, frozen=True):
-    """What a consumer needs from its bus."""
-
-    broker: Broker
-    topology: Topology
-    clock: Callable[[], float]
-    rng: random.Random
-    stats: Stats
-    window_s: float
-    middleware: Sequence[Middleware]
-    wake_relay: Callable[[], None]
-    tracing: Tracing
-    metrics: Metrics
 
 
 class Consumer:

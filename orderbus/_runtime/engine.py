@@ -19,7 +19,8 @@ from orderbus._core.settings import Settings
 from orderbus._core.signing import signing_keys
 from orderbus._core.topology import topology_for
 from orderbus._core.work import Route
-from orderbus._runtime.consumer import Consumer, Environment, Middleware
+from orderbus._runtime.consumer import Consumer
+from orderbus._runtime.environment import Environment, Middleware
 from orderbus._runtime.group_commit import GroupCommit
 from orderbus._runtime.guard import Caller, ClaimsGuard, Guard, InboxGuard, NoGuard
 from orderbus._runtime.relay import Relay, publish_rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import anyio
 
@@ -14,10 +13,8 @@ from orderbus._core.message import Outgoing, Receipt
 from orderbus._core.policy import backoff_s
 from orderbus._core.work import Work
 from orderbus._runtime.accounts import Accounts
+from orderbus._runtime.environment import Environment
 from orderbus.errors import UnavailableError
-
-if TYPE_CHECKING:
-    from orderbus._runtime.consumer import Environment
 
 log = logging.getLogger("orderbus.consumer")
 

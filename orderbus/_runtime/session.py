@@ -26,7 +26,8 @@ from orderbus.abc import Subscription
 from orderbus.errors import MessageError, TransientError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from orderbus._runtime.consumer import Consumer, Middleware
+    from orderbus._runtime.consumer import Consumer
+    from orderbus._runtime.environment import Middleware
 
 log = logging.getLogger("orderbus.consumer")
 
