@@ -110,6 +110,7 @@ def test_without_keys_to_read_it_goes_on_until_it_is_ended(shop: Shop) -> None:
         stdin=subprocess.DEVNULL,
         stdout=slave,
         stderr=slave,
+        preexec_fn=_heeds_sigint,
     )
     os.close(slave)
     shop.project.processes.append(process)  # type: ignore[arg-type]
@@ -153,6 +154,11 @@ def test_at_a_terminal_it_goes_on_until_q_and_shows_reasons_on_r(shop: Shop) -> 
         assert screen.code_of(process) == 0
     finally:
         os.close(master)
+
+
+def _heeds_sigint() -> None:
+    """A shell's background job has it ignored, and so have its children: these tests may be such a job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Screen:
