@@ -18,6 +18,7 @@ import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 
+from orderbus.adapters.rabbitmq.drift import Drift
 from tests.cli.conftest import Project
 from tests.cli.test_dlq_changing import at_a_terminal
 from tests.servers import Missing, free_port, start_rabbit
@@ -58,6 +59,9 @@ class Managed:
     def keys(self, queue: str) -> set[str]:
         bindings = self.http.get(f"/queues/{self.vhost}/{queue}/bindings").raise_for_status().json()
         return {one["routing_key"] for one in bindings if one["source"] == "ob.events"}
+
+    def bindings(self, queue: str) -> int:
+        return len(self.http.get(f"/queues/{self.vhost}/{queue}/bindings").raise_for_status().json())
 
     def declare(self, queue: str, **arguments: Any) -> None:
         body = {"durable": True, "arguments": {"x-queue-type": "quorum", **arguments}}
@@ -201,6 +205,33 @@ def test_what_is_left_over_goes_only_when_told_and_only_where_it_is_empty_and_un
 
 
 async def _ignored(message: Any) -> None: ...
+
+
+@pytest.mark.servers
+def test_a_queue_that_comes_into_use_while_it_is_removed_is_kept_with_its_bindings(
+    project: Project, managed: Managed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(SHOP.format(group="shop") + FOLLOWED.format(event="Paid", name="used"), "in_use_before")
+    assert project.run("topology", "apply", "in_use_before:bus", "--yes").exit_code == 0
+    look = Drift._check_idle
+    looked_at: list[str] = []
+
+    async def used_after_the_first_look(drift: Drift, queue: str) -> None:
+        looked_at.append(queue)
+        if len(looked_at) > 1:
+            await look(drift, queue)
+            return
+        managed.publish(queue)
+        while not (await drift._asking.call(lambda channel: channel.queue_declare(queue, passive=True))).message_count:
+            pass
+
+    monkeypatch.setattr(Drift, "_check_idle", used_after_the_first_look)
+    result = project.run("topology", "apply", project.bus, "--yes", "--prune")
+
+    assert result.exit_code == 1
+    assert "queue shop.used is kept: messages ready: 1" in result.stderr
+    assert managed.keys("shop.used") == {"orders.paid.*"}
+    assert managed.bindings("shop.used") == 3  # and those of the default and of the return exchange
 
 
 @pytest.mark.servers
