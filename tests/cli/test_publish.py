@@ -21,7 +21,11 @@ from orderbus.cli.publish import EXAMPLE
 from tests.cli.conftest import Project, delete_queues
 
 SHOP = """
+    from msgspec import Struct
     from orderbus import Bus, Event, Tx
+
+    class Place(Struct, frozen=True):
+        town: str = ""
 
     class Placed(Event, topic="{topic}", key="order", version=2):
         order: int
@@ -29,6 +33,7 @@ SHOP = """
 
     class Paid(Event, topic="{topic}.paid"):
         order: int
+        place: Place = Place()
 
     class Heard(Event, topic="{topic}.heard", unrouted="drop"):
         order: int
@@ -177,6 +182,11 @@ def test_the_example_of_the_help_works_as_it_is(project: Project) -> None:
         (["shop.placed", "order=7"], "", "the body can't be read as application/json: JSON is malformed"),
         (["shop.placed", '{"order": 1, "notes": ""}'], "", "Placed has no field 'notes'; did you mean note?"),
         (["shop.placed", '{"order": 1, "xxxxx": ""}'], "", "Placed has no field 'xxxxx'; there are order, note"),
+        (
+            ["shop.placed.paid", '{"order": 1, "place": {"twon": ""}}'],
+            "",
+            "Paid has no field for $.place.twon, which readers would ignore",
+        ),
         (["shop.placed", '{"order": 1, "note": "' + "x" * 2000 + '"}'], "", "the limit is 1024"),
         (["shop.placed", "-"], '{"order": 1}\n' + "x" * 2000, "line 2: the body is 1026 bytes; the limit is 1024"),
         (["shop.placed", "-"], "\n \n", "stdin has no line with an event"),
