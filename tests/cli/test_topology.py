@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -310,6 +311,23 @@ def test_without_the_management_api_it_says_what_can_not_be_known(project: Proje
     assert "PRECONDITION_FAILED - inequivalent arg" in text
     assert "  ? bindings, 17 of 17\n      can't be read over AMQP; give ORDERBUS_MANAGEMENT_URL\n" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.servers
+def test_what_was_begun_when_somebody_interrupted_it_is_in_the_audit_lines(
+    project: Project, vhost_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(SHOP.format(group=f"shop-{secrets.token_hex(4)}"))
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+
+    async def interrupted(drift: Drift, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Drift, "create", interrupted)
+    result = project.run("topology", "apply", project.bus, "--yes", "--audit", "audit")
+    assert result.exit_code != 0
+    outcomes = {json.loads(line)["outcome"] for line in Path("audit").read_text().splitlines()}
+    assert outcomes == {"unknown"}
 
 
 # Bad input
