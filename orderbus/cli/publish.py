@@ -92,7 +92,14 @@ async def _publish(url: str, rows: Sequence[OutboxRow], tell: Callable[[OutboxRo
     async with open_broker(url, name="orderbus publish") as broker:
         for start in range(0, len(rows), AT_A_TIME):
             some = rows[start : start + AT_A_TIME]
-            answers = await publish_rows(broker, some, None, None)
+            try:
+                answers = await publish_rows(broker, some, None, None)
+            except UnavailableError:  # none of these was sent
+                raise
+            except BaseException:  # Ctrl-C
+                for row in some:
+                    tell(row, Receipt.UNKNOWN.value)
+                raise
             for row, receipt in zip(some, answers, strict=True):
                 tell(row, "published" if receipt is Receipt.CONFIRMED else receipt.value)
             receipts += answers

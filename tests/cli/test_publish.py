@@ -6,6 +6,7 @@ import json
 import secrets
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -167,6 +168,20 @@ def test_the_example_of_the_help_works_as_it_is(project: Project) -> None:
     arguments = shlex.split(EXAMPLE.partition("orderbus ")[2])
     result = project.run(*arguments, "--dry-run")
     assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.servers
+def test_what_was_under_way_when_somebody_interrupted_it_is_said_to_be_unknown(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orderbus.cli.publish.publish_rows", interrupted)
+    result = shop.publish(shop.topic, '{"order": 1}', "--json", "--audit", "audit")
+    assert result.exit_code != 0
+    assert json.loads(result.stdout)["event"] == "unknown"
+    assert json.loads(Path("audit").read_text())["outcome"] == "unknown"
 
 
 # Bad input
