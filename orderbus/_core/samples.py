@@ -18,7 +18,7 @@ from orderbus._core.codec import BodyDecoder, encode
 from orderbus._core.event import Event, event_key, event_type
 from orderbus.errors import MessageError, UsageError
 
-__all__ = ["Sample", "SampleFile", "difference", "missing_fields", "samples_of", "unread_fields"]
+__all__ = ["Sample", "SampleFile", "difference", "missing_fields", "samples_of", "unread", "unread_fields"]
 
 LIMIT_BYTES = 16 << 20
 MOST_CASES = 50
@@ -77,7 +77,7 @@ def unread_fields(cls: type[Event], sample: Sample) -> frozenset[str]:
         event = _read(cls, sample)
     except MessageError:
         return frozenset()
-    return frozenset(_unread(msgspec.json.decode(sample.body), event, "$"))
+    return frozenset(unread(msgspec.json.decode(sample.body), event))
 
 
 def _read(cls: type[Event], sample: Sample) -> Event:
@@ -87,27 +87,41 @@ def _read(cls: type[Event], sample: Sample) -> Event:
 
 def missing_fields(cls: type[Event], samples: Sequence[Sample]) -> list[str]:
     """The fields of today's class that are in no sample, by the names that they are sent by."""
+    names = [field.encode_name for field in msgspec.structs.fields(cls)]
     known: set[str] = set()
     for sample in samples:
         body = msgspec.json.decode(sample.body)
-        known |= body.keys() if isinstance(body, dict) else set()
-    return [field.encode_name for field in msgspec.structs.fields(cls) if field.encode_name not in known]
+        known |= body.keys() if isinstance(body, dict) else set(names[: len(_values(cls, body))])
+    return [name for name in names if name not in known]
 
 
-def _unread(sent: Any, read: Any, path: str) -> Iterator[str]:
+def unread(sent: Any, read: Any, path: str = "$") -> Iterator[str]:
+    """The paths of what is in a body, decoded as it was sent, and in no field of the event that was read from it."""
     if isinstance(read, msgspec.Struct) and isinstance(sent, dict):
         names = {field.encode_name: field.name for field in msgspec.structs.fields(read)}
         for name, value in sent.items():
             if name in names:
-                yield from _unread(value, getattr(read, names[name]), f"{path}.{name}")
+                yield from unread(value, getattr(read, names[name]), f"{path}.{name}")
             elif name != read.__struct_config__.tag_field:
                 yield f"{path}.{name}"
+    elif isinstance(read, msgspec.Struct) and isinstance(sent, list):
+        fields = msgspec.structs.fields(read)
+        for n, value in enumerate(_values(type(read), sent)):
+            if n < len(fields):
+                yield from unread(value, getattr(read, fields[n].name), f"{path}.{fields[n].encode_name}")
+            else:
+                yield f"{path}[{n}]"
     elif isinstance(sent, dict) and isinstance(read, dict):
         for name, value in sent.items():
-            yield from _unread(value, read.get(name), f"{path}.{name}")
+            yield from unread(value, read.get(name), f"{path}.{name}")
     elif isinstance(sent, list) and isinstance(read, (list, tuple)):
         for n, (value, inner) in enumerate(zip(sent, read, strict=False)):
-            yield from _unread(value, inner, f"{path}[{n}]")
+            yield from unread(value, inner, f"{path}[{n}]")
+
+
+def _values(cls: type[msgspec.Struct], sent: list[Any]) -> list[Any]:
+    """Those of the fields, in their order, of a struct that is sent as an array: its tag comes before them."""
+    return sent[1:] if cls.__struct_config__.tag is not None else sent
 
 
 def _struct(kind: inspect.StructType, path: str, depth: int) -> list[Any]:

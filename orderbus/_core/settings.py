@@ -115,8 +115,10 @@ class Settings:
                 continue
             try:
                 scheme = url if url == "embedded" else urlsplit(url).scheme
-            except ValueError as error:
-                mistakes.append(f"{PREFIX}{name}: can't be read as a URL: {error}")
+            except ValueError:  # whose text may quote the password
+                mistakes.append(
+                    f"{PREFIX}{name}: can't be read as a URL; in a password write [ ] @ : / ? # percent-encoded (%5B for [)"
+                )
                 continue
             if scheme not in schemes:
                 mistakes.append(f"{PREFIX}{name}={masked(url)}: must begin with one of {', '.join(s + '://' for s in schemes)}")
@@ -135,9 +137,16 @@ def _types() -> Mapping[str, Any]:
 
 
 def masked(url: str) -> str:
-    """A URL without its password, to print."""
+    """A URL without its password, to print; of what is no URL nothing that could be one.
+
+    A password with a bare `/`, `?` or `#` ends the host too early: the `@` that follows tells. libpq takes some of these.
+    """
     try:
         parts = urlsplit(url)
+        if "://" not in url and ("@" in url or "=" in url):
+            return "***"
+        if "@" in parts.path + parts.query + parts.fragment:
+            return f"{parts.scheme}://***"
         if parts.password is None and "password=" not in parts.query:
             return url
         host = parts.netloc.rpartition("@")[2]

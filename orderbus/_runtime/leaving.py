@@ -80,6 +80,7 @@ class Leaving:
                     await self._changed.wait()
         finally:
             for work in (*(work for work, _ in self._ready), *(work for _, work, _ in self._refused)):
+                self.count -= 1
                 self._give_back(work)
 
     async def _publish(self, batch: Sequence[tuple[Work, Outgoing]]) -> None:

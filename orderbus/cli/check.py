@@ -95,7 +95,8 @@ async def _servers(found: list[Found], settings: dict[str, Settings]) -> None:
                 continue
             await _looked_at(found, f"clock of {what} {where}", partial(clock, url))
             if what == "database" and await _looked_at(found, f"schema in {where}", partial(_schema, url)):
-                await _looked_at(found, f"rights in {where}", partial(rights, url, relays=each.relay is not False))
+                relays = any(one.database_url == url and one.relay is not False for one in settings.values())
+                await _looked_at(found, f"rights in {where}", partial(rights, url, relays=relays))
 
 
 async def _topologies(found: list[Found], settings: dict[str, Settings], buses: Sequence[Bus]) -> None:

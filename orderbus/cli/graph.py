@@ -54,12 +54,8 @@ def flow_table(buses: Sequence[Bus]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("from", "event", "to"):
         table.add_column(column, overflow="fold")
-    for flow in flows(buses):
-        table.add_row(
-            "\n".join(bus.group for bus in flow.senders) or "-",
-            f"{flow.event.__name__}\n{flow.kind.topic} v{flow.kind.version}",
-            "\n".join(reader.group for reader in flow.readers) or "-",
-        )
+    for way in _ways(buses):
+        table.add_row("\n".join(way.senders) or "-", "\n".join(way.event), "\n".join(way.readers) or "-")
     return table
 
 
@@ -75,13 +71,37 @@ def _lines(buses: Sequence[Bus]) -> Iterator[str]:
     groups = {bus.group: f"g{number}" for number, bus in enumerate(buses)}
     for group, node in groups.items():
         yield f"{node}[{_quoted(group)}]"
-    for number, flow in enumerate(flows(buses)):
-        yield f"e{number}([{_quoted(flow.event.__name__, f'{flow.kind.topic} v{flow.kind.version}')}])"
-        for sender in flow.senders:
-            yield f"{groups[sender.group]} --> e{number}"
-        for reader in flow.readers:
-            names = _quoted(*(handler.function.__qualname__ for handler in reader.handlers))
-            yield f"e{number} -->|{names}| {groups[reader.group]}"
+    for number, way in enumerate(_ways(buses)):
+        yield f"e{number}([{_quoted(*way.event)}])"
+        for sender in way.senders:
+            yield f"{groups[sender]} --> e{number}"
+        for reader, handlers in way.readers.items():
+            names = _quoted(*(handler.function.__qualname__ for handler in handlers))
+            yield f"e{number} -->|{names}| {groups[reader]}"
+
+
+class _Way(msgspec.Struct):
+    """One topic: whoever reads it gets it from all who send it, also where each group has a class of its own for it."""
+
+    event: tuple[str, str]
+    """The names of its classes, and the topic with their versions."""
+    senders: dict[str, None]
+    readers: dict[str, list[Handler]]
+
+
+def _ways(buses: Sequence[Bus]) -> list[_Way]:
+    by_topic: dict[str, list[Flow]] = {}
+    for flow in flows(buses):
+        by_topic.setdefault(flow.kind.topic, []).append(flow)
+    found = []
+    for topic, several in by_topic.items():
+        names = ", ".join(dict.fromkeys(flow.event.__name__ for flow in several))
+        versions = ", ".join(dict.fromkeys(f"v{flow.kind.version}" for flow in several))
+        way = _Way((names, f"{topic} {versions}"), dict.fromkeys(bus.group for flow in several for bus in flow.senders), {})
+        for reader in (reader for flow in several for reader in flow.readers):
+            way.readers.setdefault(reader.group, []).extend(reader.handlers)
+        found.append(way)
+    return found
 
 
 def _quoted(*lines: str) -> str:

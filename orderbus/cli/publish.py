@@ -18,6 +18,7 @@ from orderbus._core.codec import BodyDecoder
 from orderbus._core.event import Event
 from orderbus._core.message import JSON, Receipt
 from orderbus._core.naming import nearest
+from orderbus._core.samples import unread
 from orderbus._core.settings import Settings, masked
 from orderbus._core.signing import signing_keys
 from orderbus._runtime.bus import Bus
@@ -91,7 +92,14 @@ async def _publish(url: str, rows: Sequence[OutboxRow], tell: Callable[[OutboxRo
     async with open_broker(url, name="orderbus publish") as broker:
         for start in range(0, len(rows), AT_A_TIME):
             some = rows[start : start + AT_A_TIME]
-            answers = await publish_rows(broker, some, None, None)
+            try:
+                answers = await publish_rows(broker, some, None, None)
+            except UnavailableError:  # none of these was sent
+                raise
+            except BaseException:  # Ctrl-C
+                for row in some:
+                    tell(row, Receipt.UNKNOWN.value)
+                raise
             for row, receipt in zip(some, answers, strict=True):
                 tell(row, "published" if receipt is Receipt.CONFIRMED else receipt.value)
             receipts += answers
@@ -114,7 +122,7 @@ def _rows(bus: Bus, event: type[Event], settings: Settings, body: str) -> list[O
     for place, text in _lines(settings.max_body_bytes) if body == "-" else [("", body.encode(errors="surrogateescape"))]:
         try:
             read = decoder.decode(text, JSON)
-            _check_fields(event, text)
+            _check_fields(read, text)
             rows.append(encoding.row(read))
         except UsageError as error:
             raise UsageError(f"{place}{error.text}; nothing was sent", code=error.code) from None
@@ -140,16 +148,21 @@ def _lines(limit_bytes: int) -> Iterator[tuple[str, bytes]]:
         yield f"line {number}: ", line.rstrip(b"\r\n")
 
 
-def _check_fields(event: type[Event], text: bytes) -> None:
+def _check_fields(event: Event, text: bytes) -> None:
     """Readers ignore what they don't know, as they must; a person who writes it has misspelled something."""
-    if event.__struct_config__.array_like:
-        return
-    known = [field.encode_name for field in msgspec.structs.fields(event)]
-    for name in msgspec.json.decode(text, type=dict[str, msgspec.Raw]):
-        if name not in known and name != event.__struct_config__.tag_field:
-            near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
-            raise UsageError(f"{event.__name__} has no field {name!r}; {hint}", code="OB615")
+    kind = type(event)
+    try:
+        sent = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # in what the class does not read
+        raise UsageError(f"the body can't be read as a whole: {error}", code="OB615") from None
+    known = [field.encode_name for field in msgspec.structs.fields(kind)]
+    for path in unread(sent, event):
+        name = path.removeprefix("$.")
+        if not isinstance(sent, dict) or name not in sent:
+            raise UsageError(f"{kind.__name__} has no field for {path}, which readers would ignore", code="OB615")
+        near = nearest(name, known)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+        raise UsageError(f"{kind.__name__} has no field {name!r}; {hint}", code="OB615")
 
 
 def _tell(row: OutboxRow, outcome: str, *, note: Audit | None, as_json: bool) -> None:

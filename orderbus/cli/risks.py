@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from orderbus._core.settings import Settings, masked
 from orderbus._runtime.bus import Bus
@@ -36,13 +36,22 @@ def risks(bus: Bus, settings: Settings) -> Iterator[str]:
                 f"the last tries come too late, and are parked as older-than-window; make one shorter or the other longer"
             )
     for name, url in (("BROKER", settings.broker_url), ("REDIS", settings.redis_url)):
-        if url is not None and (safe := PLAIN.get(scheme_of(url))) and not all(host in HERE for host in _hosts(url)):
+        if url is not None and (safe := PLAIN.get(scheme_of(url))) and not _is_here(url):
             yield f"ORDERBUS_{name}_URL is {masked(url)}: password and messages cross the network in clear; {safe} encrypts"
-    if database is not None and "sslmode=disable" in urlsplit(database).query:
-        yield f"ORDERBUS_DATABASE_URL says sslmode=disable at {urlsplit(database).hostname}: password and rows cross the network in clear"
+    if database is not None and "sslmode=disable" in urlsplit(database).query and not _is_here(database):
+        yield f"ORDERBUS_DATABASE_URL is {masked(database)} with sslmode=disable: password and rows cross the network in clear"
 
 
-def _hosts(url: str) -> Iterator[str | None]:
-    """Of a URL that may name several: `amqp://user:password@one,two:5673/vhost`."""
-    for host in urlsplit(url).netloc.rpartition("@")[2].split(","):
-        yield urlsplit(f"//{host}").hostname
+def _is_here(url: str) -> bool:
+    """Whether what it names is on this machine; so are PostgreSQL and Redis where it names no host, and a socket's path."""
+    return all(host in HERE or host.startswith(("/", "%2f")) for host in _hosts(url))
+
+
+def _hosts(url: str) -> Iterator[str]:
+    """Of a URL that may name several: `amqp://user:password@one,two:5673/vhost`; libpq takes them in its query as well."""
+    parts = urlsplit(url)
+    if parts.scheme.startswith("postgres") and (hosts := parse_qs(parts.query).get("host")):
+        yield from hosts[-1].split(",")
+        return
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        yield urlsplit(f"//{host}").hostname or "localhost"

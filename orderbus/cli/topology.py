@@ -23,7 +23,7 @@ from orderbus.cli.exits import ExitCode, clear_errors, complain
 from orderbus.cli.loading import load_buses, settings_of
 from orderbus.cli.option_groups import AsJson
 from orderbus.cli.output import console, plain, print_json
-from orderbus.errors import TopologyError, UnavailableError, UsageError
+from orderbus.errors import TopologyError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="The exchanges, queues and bindings of buses: what is missing, and making it.")
 
@@ -80,7 +80,7 @@ def apply(
         with audited("topology apply", audit) as note:
             try:
                 found, done = anyio.run(_apply, wanted, to_do)
-            except UnavailableError:  # in the middle of it
+            except BaseException:  # in the middle of it: a broker that went, or Ctrl-C
                 for change in to_do:
                     note("unknown", kind=change.kind, name=str(change))
                 raise

@@ -83,7 +83,11 @@ class Workers:
 
     async def _one(self, number: int) -> int:
         command = [*self._command, "--worker", str(number)]
-        process = await anyio.open_process(command, stdin=subprocess.PIPE, stdout=None, stderr=None)
+        try:
+            process = await anyio.open_process(command, stdin=subprocess.PIPE, stdout=None, stderr=None)
+        except OSError as error:  # no memory, or no more processes: let out, it would have the others killed
+            log.error("worker %d: no process can be started: %s", number, error)
+            return ExitCode.UNCLEAN
         self._processes[number] = process
         if self._stopping.is_set():  # while it was being started
             self._terminate()

@@ -116,6 +116,19 @@ def test_clocks_and_rights_are_looked_at_too(project: Project, database_url: str
 
 
 @pytest.mark.servers
+def test_the_rights_of_a_relay_are_looked_at_where_any_of_the_buses_runs_one(project: Project, database_url: str) -> None:
+    project.write("""
+        from orderbus import Bus, Settings
+        first = Bus("first", settings=Settings(relay=False))
+        bus = Bus("second")
+    """)
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    project.run("schema", "apply")
+    _, what = found(project, f"{project.module}:first", project.bus)
+    assert what["rights"]["text"] == "enough for a bus and its relay"
+
+
+@pytest.mark.servers
 @pytest.mark.parametrize(("name", "word"), [("postgres", "behind"), ("redis", "ahead of")])
 def test_a_clock_that_is_wrong_is_a_finding(
     project: Project, database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, name: str, word: str

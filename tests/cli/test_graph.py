@@ -91,6 +91,34 @@ def test_a_name_with_signs_that_mermaid_reads_is_escaped(project: Project) -> No
     assert '|"made.&lt;locals&gt;.handle"|' in project.run("describe", project.bus, "--format", "mermaid").stdout
 
 
+OWN = """
+    from orderbus import Bus, Event, Tx
+
+    class {name}(Event, topic="orders.placed", version={version}):
+        order_id: str
+
+    bus = Bus("{group}")
+
+    @bus.{registered}
+    async def {function}: ...
+"""
+
+
+def test_groups_that_each_have_a_class_of_their_own_for_an_event_are_joined_by_its_topic(project: Project) -> None:
+    sends = {"registered": "every(60)", "function": "place() -> Placed | None"}
+    reads = {"registered": "on(Order)", "function": "pay(order: Order, tx: Tx) -> None"}
+    project.write(OWN.format(name="Placed", version=2, group="shop", **sends), "own_shop")
+    project.write(OWN.format(name="Order", version=1, group="payment", **reads), "own_payment")
+    buses = ["own_shop:bus", "own_payment:bus"]
+    assert project.run("describe", *buses, "--format", "mermaid").stdout.splitlines()[3:] == [
+        '    e0(["Order, Placed<br>orders.placed v1, v2"])',
+        "    g0 --> e0",
+        '    e0 -->|"pay"| g1',
+    ]
+    rows = [line.split() for line in project.run("describe", *buses).stdout.partition("who sends what to whom")[2].splitlines()]
+    assert rows[-3:-1] == [["shop", "Order,", "Placed", "payment"], ["orders.placed", "v1,", "v2"]]
+
+
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_the_tables_of_several_buses_end_with_who_sends_what_to_whom(project: Project, targets: list[str], columns: int) -> None:
     project.environment["COLUMNS"] = str(columns)

@@ -6,6 +6,7 @@ import json
 import secrets
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -21,7 +22,11 @@ from orderbus.cli.publish import EXAMPLE
 from tests.cli.conftest import Project, delete_queues
 
 SHOP = """
+    from msgspec import Struct
     from orderbus import Bus, Event, Tx
+
+    class Place(Struct, frozen=True):
+        town: str = ""
 
     class Placed(Event, topic="{topic}", key="order", version=2):
         order: int
@@ -29,6 +34,7 @@ SHOP = """
 
     class Paid(Event, topic="{topic}.paid"):
         order: int
+        place: Place = Place()
 
     class Heard(Event, topic="{topic}.heard", unrouted="drop"):
         order: int
@@ -164,6 +170,20 @@ def test_the_example_of_the_help_works_as_it_is(project: Project) -> None:
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.servers
+def test_what_was_under_way_when_somebody_interrupted_it_is_said_to_be_unknown(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orderbus.cli.publish.publish_rows", interrupted)
+    result = shop.publish(shop.topic, '{"order": 1}', "--json", "--audit", "audit")
+    assert result.exit_code != 0
+    assert json.loads(result.stdout)["event"] == "unknown"
+    assert json.loads(Path("audit").read_text())["outcome"] == "unknown"
+
+
 # Bad input
 
 
@@ -177,6 +197,11 @@ def test_the_example_of_the_help_works_as_it_is(project: Project) -> None:
         (["shop.placed", "order=7"], "", "the body can't be read as application/json: JSON is malformed"),
         (["shop.placed", '{"order": 1, "notes": ""}'], "", "Placed has no field 'notes'; did you mean note?"),
         (["shop.placed", '{"order": 1, "xxxxx": ""}'], "", "Placed has no field 'xxxxx'; there are order, note"),
+        (
+            ["shop.placed.paid", '{"order": 1, "place": {"twon": ""}}'],
+            "",
+            "Paid has no field for $.place.twon, which readers would ignore",
+        ),
         (["shop.placed", '{"order": 1, "note": "' + "x" * 2000 + '"}'], "", "the limit is 1024"),
         (["shop.placed", "-"], '{"order": 1}\n' + "x" * 2000, "line 2: the body is 1026 bytes; the limit is 1024"),
         (["shop.placed", "-"], "\n \n", "stdin has no line with an event"),

@@ -33,6 +33,10 @@ def warned(retry: Retry | None = None, **given: object) -> list[str]:
         {"broker_url": "amqp://guest:guest@127.0.0.1,[::1]:5673/"},
         {"database_url": "embedded"},
         {"redis_url": "unix:///run/redis.sock"},
+        {"redis_url": "redis:///0"},
+        {"database_url": "postgresql://a:secret@localhost/shop?sslmode=disable"},
+        {"database_url": "postgresql:///shop?sslmode=disable"},
+        {"database_url": "postgresql://db/shop?sslmode=disable&host=/run/postgresql"},
         {"relay": True, "signing_keys": None},
     ],
 )
@@ -49,7 +53,8 @@ def test_what_is_safe_is_not_warned_of(given: dict[str, object]) -> None:
         ({"broker_url": "amqp://a:secret@rabbit/shop"}, "amqp://a:***@rabbit/shop: password and messages cross the network in clear; amqps://"),
         ({"broker_url": "amqp://a:secret@127.0.0.1,other:5673/shop"}, "cross the network in clear"),
         ({"redis_url": "redis://:secret@cache/0"}, "password and messages cross the network in clear; rediss://"),
-        ({"database_url": "postgresql://a:secret@db/shop?sslmode=disable"}, "sslmode=disable at db"),
+        ({"database_url": "postgresql://a:secret@db/shop?sslmode=disable"}, "@db/shop with sslmode=disable"),
+        ({"database_url": "postgresql:///shop?sslmode=disable&host=db&password=secret"}, "with sslmode=disable"),
     ],
 )  # fmt: skip
 def test_what_is_risky_is_warned_of_without_its_password(given: dict[str, object], says: str) -> None:

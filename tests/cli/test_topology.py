@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -18,6 +19,7 @@ import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 
+from orderbus.adapters.rabbitmq.drift import Drift
 from tests.cli.conftest import Project
 from tests.cli.test_dlq_changing import at_a_terminal
 from tests.servers import Missing, free_port, start_rabbit
@@ -58,6 +60,9 @@ class Managed:
     def keys(self, queue: str) -> set[str]:
         bindings = self.http.get(f"/queues/{self.vhost}/{queue}/bindings").raise_for_status().json()
         return {one["routing_key"] for one in bindings if one["source"] == "ob.events"}
+
+    def bindings(self, queue: str) -> int:
+        return len(self.http.get(f"/queues/{self.vhost}/{queue}/bindings").raise_for_status().json())
 
     def declare(self, queue: str, **arguments: Any) -> None:
         body = {"durable": True, "arguments": {"x-queue-type": "quorum", **arguments}}
@@ -204,6 +209,33 @@ async def _ignored(message: Any) -> None: ...
 
 
 @pytest.mark.servers
+def test_a_queue_that_comes_into_use_while_it_is_removed_is_kept_with_its_bindings(
+    project: Project, managed: Managed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(SHOP.format(group="shop") + FOLLOWED.format(event="Paid", name="used"), "in_use_before")
+    assert project.run("topology", "apply", "in_use_before:bus", "--yes").exit_code == 0
+    look = Drift._check_idle
+    looked_at: list[str] = []
+
+    async def used_after_the_first_look(drift: Drift, queue: str) -> None:
+        looked_at.append(queue)
+        if len(looked_at) > 1:
+            await look(drift, queue)
+            return
+        managed.publish(queue)
+        while not (await drift._asking.call(lambda channel: channel.queue_declare(queue, passive=True))).message_count:
+            pass
+
+    monkeypatch.setattr(Drift, "_check_idle", used_after_the_first_look)
+    result = project.run("topology", "apply", project.bus, "--yes", "--prune")
+
+    assert result.exit_code == 1
+    assert "queue shop.used is kept: messages ready: 1" in result.stderr
+    assert managed.keys("shop.used") == {"orders.paid.*"}
+    assert managed.bindings("shop.used") == 3  # and those of the default and of the return exchange
+
+
+@pytest.mark.servers
 def test_a_user_who_may_not_configure_is_told_what_was_refused(project: Project, managed: Managed) -> None:
     managed.http.put("/users/reader", json={"password": "secret", "tags": "management"}).raise_for_status()
     rights = {"configure": "^$", "write": "^$", "read": ".*"}
@@ -279,6 +311,23 @@ def test_without_the_management_api_it_says_what_can_not_be_known(project: Proje
     assert "PRECONDITION_FAILED - inequivalent arg" in text
     assert "  ? bindings, 17 of 17\n      can't be read over AMQP; give ORDERBUS_MANAGEMENT_URL\n" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.servers
+def test_what_was_begun_when_somebody_interrupted_it_is_in_the_audit_lines(
+    project: Project, vhost_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(SHOP.format(group=f"shop-{secrets.token_hex(4)}"))
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+
+    async def interrupted(drift: Drift, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Drift, "create", interrupted)
+    result = project.run("topology", "apply", project.bus, "--yes", "--audit", "audit")
+    assert result.exit_code != 0
+    outcomes = {json.loads(line)["outcome"] for line in Path("audit").read_text().splitlines()}
+    assert outcomes == {"unknown"}
 
 
 # Bad input

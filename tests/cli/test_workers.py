@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -129,6 +130,40 @@ os.kill(os.getppid() if len(lives.read_text()) == 4 else os.getpid(), signal.SIG
     assert [record.message for record in caplog.records if "SIGKILL" in record.message] == [
         f"worker 0 ended with SIGKILL; another begins in its place in {pause_s} s" for pause_s in ("0.02", "0.04", "0.08")
     ]
+
+
+def test_where_no_process_can_be_started_in_the_place_of_one_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("orderbus.cli.workers.PAUSE_S", 0.01)
+    monkeypatch.chdir(tmp_path)
+    command = Path("command")
+    command.write_text(f"""#!{sys.executable}
+import os, pathlib, signal, sys
+def drained(*_): pathlib.Path("drained").touch(); sys.exit()
+if sys.argv[-1] == "0":
+    while not pathlib.Path("waits").exists(): pass
+    os.unlink("command")
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, drained)
+pathlib.Path("waits").touch()
+signal.pause()
+""")
+    command.chmod(0o755)
+
+    class Stopped(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "no process can be started" in record.getMessage():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = Stopped()
+    logging.getLogger("orderbus").addHandler(handler)
+    try:
+        anyio.run(Workers(["./command"], 2, reload=False).run)
+    finally:
+        logging.getLogger("orderbus").removeHandler(handler)
+    assert "No such file" in caplog.text
+    assert Path("drained").exists()
 
 
 def test_a_change_of_a_file_drains_and_begins_again_and_a_mistake_in_it_waits_for_the_next(project: Project) -> None:

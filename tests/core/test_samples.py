@@ -177,3 +177,20 @@ def test_each_change_that_old_messages_would_not_survive_is_named_with_its_field
         (Rekeyed, "its key is 'card' now, by method, and was '7'"),
     ):
         assert said in str(difference(cls, OLD))
+
+
+def test_the_fields_of_a_class_that_is_sent_as_an_array_are_its_places() -> None:
+    class Placed(Event, topic="samples.array", array_like=True):
+        order_id: int
+        lines: list[SameLine]
+        note: str | None = None
+
+    class Shorter(Event, topic="samples.shorter", array_like=True, tag="placed"):
+        order_id: int
+
+    made = samples_of(Placed)
+    assert missing_fields(Placed, made) == []
+    assert missing_fields(Placed, [Sample(msgspec.Raw(b"[7, []]"))]) == ["note"]
+    assert unread_fields(Placed, made[0]) == frozenset()
+    assert missing_fields(Shorter, samples_of(Shorter)) == []
+    assert unread_fields(Shorter, Sample(msgspec.Raw(b'["placed", 7, []]'))) == {"$[1]"}

@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 from orderbus import Settings, SettingsError
+from orderbus._core.settings import masked
 
 BROKER = {"ORDERBUS_BROKER_URL": "memory://"}
 
@@ -77,3 +78,30 @@ def test_settings_are_printed_without_passwords() -> None:
 
     assert "s3cret" not in repr(settings)
     assert "guest:***@host:5672" in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://shop:pass#word@db/shop",
+        "postgresql://shop:pass?word@db/shop",
+        "amqp://shop:pass/word@rabbit/shop",
+        "amqp://shop:pa@ss/word@rabbit/shop",
+        "host=db user=shop password=password",
+        "shop:password@rabbit/shop",
+    ],
+)
+def test_a_password_that_breaks_its_url_is_not_printed_either(url: str) -> None:
+    shown = masked(url)
+
+    assert "word" not in shown
+    assert "pa" not in shown
+    assert shown.endswith("***")
+
+
+def test_a_url_that_can_t_be_read_is_not_quoted() -> None:
+    with pytest.raises(SettingsError, match="can't be read as a URL") as raised:
+        Settings.load({"ORDERBUS_BROKER_URL": "amqp://shop:[password]@rabbit/shop"})
+
+    assert "password]" not in str(raised.value)
+    assert "'password'" not in str(raised.value)

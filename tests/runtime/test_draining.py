@@ -287,3 +287,27 @@ async def test_a_closed_bus_says_how_to_use_it(world: World) -> None:
         with pytest.raises(UsageError, match="is open already"):
             bus.middleware(None)
     assert receipt_of(bus).clean
+
+
+async def test_what_a_lost_queue_had_on_its_way_out_is_not_counted_as_cancelled(world: World) -> None:
+    bus, log = world.bus(grace_s=1), Log()
+
+    @bus.on(Placed, retry=Retry.none())
+    async def handle(event: Placed) -> None:
+        world.broker.refuse_publishes(10)
+        log("failed")
+        raise CardRefused
+
+    @bus.on(Paid)
+    async def handle_paid(event: Paid) -> None:
+        log("begun")
+        await anyio.sleep(50)
+
+    async with bus:
+        await world.send(Paid(order="a"))
+        await world.send(Placed(order="a"))
+        await log.reached(2)
+        world.broker.drop_connections()
+
+    receipt = receipt_of(bus)
+    assert (receipt.released, receipt.cancelled, receipt.clean) == (2, 1, False)

@@ -91,18 +91,33 @@ class Drift:
         """Take a queue's bindings away and then the queue, where it is empty and nobody reads it. Raises UsageError otherwise.
 
         A quorum queue can't be deleted `if-empty` or `if-unused` (RabbitMQ 3.10.8 answers NOT_IMPLEMENTED), so it is looked at before the bindings
-        go, and once more when nothing can come any more.
+        go, and once more when nothing can come any more. A queue that is kept then gets its bindings back: somebody may have begun to read it.
         """
         assert self._management is not None
         vhost = self._connection._control.vhost
         await self._check_idle(queue)
-        for one in await self._management.get("queues", vhost, queue, "bindings"):
-            if one["source"]:
-                await self.unbind(Binding(one["source"], queue, one["routing_key"]), one["arguments"])
-        await self._check_idle(queue)
-        refused = await self._asking.ask(lambda channel: channel.queue_delete(queue))
+        bindings = await self._management.get("queues", vhost, queue, "bindings")
+        taken: list[tuple[Binding, dict[str, Any]]] = []
+        try:
+            for one in bindings:
+                if one["source"]:
+                    binding = Binding(one["source"], queue, one["routing_key"])
+                    await self.unbind(binding, one["arguments"])
+                    taken.append((binding, one["arguments"]))
+            await self._check_idle(queue)
+            refused = await self._asking.ask(lambda channel: channel.queue_delete(queue))
+            if refused is not None:
+                raise TopologyError(f"queue {queue}: the broker says {refused!r}")
+        except UsageError:
+            for binding, arguments in taken:
+                await self._bind(binding, arguments)
+            raise
+
+    async def _bind(self, binding: Binding, arguments: dict[str, Any]) -> None:
+        names = binding.queue, binding.exchange, binding.routing_key
+        refused = await self._asking.ask(lambda channel: channel.queue_bind(*names, arguments=arguments))
         if refused is not None:
-            raise TopologyError(f"queue {queue}: the broker says {refused!r}")
+            raise TopologyError(f"{binding_change('create', binding)} was taken away, and can't be made again: {refused!r}")
 
     async def _check_idle(self, queue: str) -> None:
         """What is ready and who consumes comes from the queue itself; only the management API counts what is unacknowledged."""

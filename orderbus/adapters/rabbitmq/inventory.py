@@ -44,6 +44,9 @@ def inventory_there(
     ours = {
         name: properties for name, properties in there.items() if name in wanted or _was_declared_by_us(name, properties, groups)
     }
+    # A queue with other arguments (of an older orderbus, or made by hand) stays, and goes on writing to its dead letters.
+    written_to = {dead_letter_queue(name) for name in there.keys() - ours.keys()} - wanted
+    ours = {name: properties for name, properties in ours.items() if name not in written_to}
     bound = (
         Binding(one["source"], one["destination"], one["routing_key"])
         for one in bindings
