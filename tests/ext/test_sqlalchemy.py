@@ -193,10 +193,7 @@ async def test_a_handlers_session_commits_with_its_inbox_row_and_its_event(bus: 
         handled.set()
         return Paid(number=order.number)
 
-    async with bus:
-        await bus.publish(Placed(number=1))
-        with anyio.fail_after(20):
-            await handled.wait()
+    await publish_until(bus, handled)
 
     assert payments(db) == [(1, 500)]
     assert emitted(db) == ["1"]
@@ -219,10 +216,7 @@ async def test_a_handler_that_fails_after_its_session_leaves_nothing_of_the_try_
         handled.set()
         return Paid(number=order.number)
 
-    async with bus:
-        await bus.publish(Placed(number=1))
-        with anyio.fail_after(20):
-            await handled.wait()
+    await publish_until(bus, handled)
 
     assert payments(db) == [(2, 500)]
     assert emitted(db) == ["1"]
@@ -318,3 +312,11 @@ async def test_a_clash_and_a_lost_server_are_orderbus_errors_so_that_they_do_not
         with pytest.raises(UnavailableError, match="terminating connection"):
             await clash("select pg_terminate_backend(pg_backend_pid())")
         await clash("select 1")
+
+
+async def publish_until(bus: Bus, handled: anyio.Event) -> None:
+    """Open the bus, publish one order, and close it when its handler says so."""
+    async with bus:
+        await bus.publish(Placed(number=1))
+        with anyio.fail_after(20):
+            await handled.wait()

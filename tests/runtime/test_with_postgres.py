@@ -1,16 +1,15 @@
 """The runtime on a real PostgreSQL, in real time: on asyncio with and without uvloop, and on trio through the portal."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import anyio
 import psycopg
 import pytest
 
 from orderbus import Batch, Bus, HandlerTimeout, Park, Retry, Tx, UnavailableError, UsageError, new_id
-from orderbus.adapters.postgres import open_store
+from tests.databases import prepared_database
 from tests.runtime.world import Log, Paid, Placed, World, open_world, receipt_of, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -25,20 +24,8 @@ create table strict (n int primary key check (n >= 0));
 @pytest.fixture(scope="module")
 def module_url(postgres_url: str) -> Iterator[str]:
     """A database with the schema of orderbus and tables for effects, shared by the tests of this module."""
-    name = "orderbus_test_runtime_" + new_id().hex[-12:]
-    url = urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
-
-    async def apply() -> None:
-        async with open_store(url, name="test") as store:
-            await store.apply_schema()
-
-    with psycopg.connect(postgres_url, autocommit=True) as server:
-        server.execute(f'create database "{name}"')
-        asyncio.run(apply())
-        with psycopg.connect(url) as database:
-            database.execute(SCHEMA)
+    with prepared_database(postgres_url, "runtime", SCHEMA) as url:
         yield url
-        server.execute(f'drop database "{name}" with (force)')
 
 
 @pytest.fixture
