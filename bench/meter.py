@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
 
 SERVERS = ("beam.smp", "postgres", "redis-server")
+IDLE, LOOK_S, SETTLE_S = 0.05, 0.5, 90.0
+"""The servers are idle when they use less than IDLE of a core for LOOK_S. After SETTLE_S they are not waited for any more."""
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -33,6 +36,22 @@ def cpu_s(processes: Iterable[psutil.Process]) -> float:
         except psutil.Error:
             continue  # it has ended, and its parent counts it
     return total
+
+
+def settle(processes: Sequence[psutil.Process], limit_s: float = SETTLE_S) -> bool:
+    """Wait until servers are idle; False where they still are not after `limit_s`.
+
+    What fills a queue or a table leaves work behind that it does not wait for: RabbitMQ writes its log's entries to segment files,
+    PostgreSQL cleans up. It is not a cost of what is measured next.
+    """
+    deadline = time.monotonic() + limit_s
+    used = cpu_s(processes)
+    while time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        before, used = used, cpu_s(processes)
+        if used - before < IDLE * LOOK_S:
+            return True
+    return False
 
 
 def peak_rss_mib(processes: Iterable[psutil.Process]) -> float:

@@ -32,6 +32,8 @@ class Round(msgspec.Struct, frozen=True):
     doubled: int
     left: int
     more: dict[str, float] = {}
+    settled: bool = True
+    """False where the servers were still busy with something else when it began."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +76,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 def summarize(workload: str, variant: str, peer: str, unit: str, rounds: Sequence[Round], versions: dict[str, str]) -> Result:
     rates = [one.messages_per_s for one in rounds]
+    more = {
+        name: round((sum if name in SUMMED else statistics.median)(one.more[name] for one in rounds), 3) for name in rounds[0].more
+    }
+    if busy := sum(not one.settled for one in rounds):
+        more["rounds_on_busy_servers"] = busy
     return Result(
         workload=workload,
         variant=variant,
@@ -93,10 +100,7 @@ def summarize(workload: str, variant: str, peer: str, unit: str, rounds: Sequenc
         doubled=sum(one.doubled for one in rounds),
         left=sum(one.left for one in rounds),
         per_round=[round(rate, 1) for rate in rates],
-        more={
-            name: round((sum if name in SUMMED else statistics.median)(one.more[name] for one in rounds), 3)
-            for name in rounds[0].more
-        },
+        more=more,
         versions=versions,
         machine=machine(),
     )

@@ -72,6 +72,7 @@ def one_round(workload: Workload, variant: Variant, peer: str, ground: Ground, s
     with tempfile.TemporaryFile() as words, _Child(job, words) as child:
         child.read(PREPARE_S)
         servers, own = meter.servers(), meter.tree(child.pid)
+        settled = meter.settle(servers)
         before = meter.cpu_s(servers), meter.cpu_s(own)
         child.go()
         report = msgspec.json.decode(child.read(WORK_S), type=Report)
@@ -93,6 +94,7 @@ def one_round(workload: Workload, variant: Variant, peer: str, ground: Ground, s
         doubled=counted.doubled,
         left=counted.left,
         more=report.more,
+        settled=settled,
     )
 
 

@@ -183,6 +183,12 @@ class TestCommandLine:
 
 
 class TestTables:
+    def test_rounds_that_began_on_busy_servers_are_told_of(self) -> None:
+        quiet, busy = result("orderbus", 900.0, 1000.0), result("raw", 450.0, 500.0, settled=False)
+
+        assert "orderbus: rounds_on_busy_servers" not in markdown([quiet, busy])
+        assert "raw: rounds_on_busy_servers 2" in markdown([quiet, busy])
+
     def test_a_table_and_a_plot_need_nothing_but_the_file(self, no_server: str, tmp_path: Path) -> None:
         json, picture = tmp_path / "bench.jsonl", tmp_path / "deep" / "bench.svg"
         write(json, [result("orderbus", 900.0, 1000.0, 1100.0), result("raw", 450.0, 500.0, 550.0)])
