@@ -77,7 +77,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 def summarize(workload: str, variant: str, peer: str, unit: str, rounds: Sequence[Round], versions: dict[str, str]) -> Result:
     rates = [one.messages_per_s for one in rounds]
     more = {
-        name: round((sum if name in SUMMED else statistics.median)(one.more[name] for one in rounds), 3) for name in rounds[0].more
+        name: round((sum if name in SUMMED else statistics.median)(one.more[name] for one in rounds), 3)
+        for name in rounds[0].more
     }
     if busy := sum(not one.settled for one in rounds):
         more["rounds_on_busy_servers"] = busy

@@ -14,7 +14,7 @@ from rich.text import Text
 from orderbus._core.settings import Settings, masked
 from orderbus._runtime.bus import Bus
 from orderbus._runtime.opening import adapter, open_store, scheme_of
-from orderbus.cli.check_servers import broker_clock, clock, rights
+from orderbus.cli.check_servers import broker_clock, clock, permissions, rights
 from orderbus.cli.check_topology import topology
 from orderbus.cli.exits import ExitCode, clear_errors
 from orderbus.cli.found import Found, Seen
@@ -105,6 +105,7 @@ async def _topologies(found: list[Found], settings: dict[str, Settings], buses: 
         down = any(one.status == "unavailable" and one.what == f"broker {masked(url)}" for one in found)
         if scheme_of(url) != "memory" and not down:
             await _looked_at(found, f"topology of {bus.group}", partial(topology, settings[bus.group], bus))
+            await _looked_at(found, f"permissions of {bus.group}", partial(permissions, settings[bus.group], bus))
 
 
 async def _version(url: str) -> list[Seen]:

@@ -1,10 +1,11 @@
-"""What `orderbus check` asks a server beside its version: its clock, and the rights of the user."""
+"""What `orderbus check` asks a server beside its version: its clock, and what the user may do."""
 
 from __future__ import annotations
 
 import importlib
 
 from orderbus._core.settings import Settings
+from orderbus._runtime.bus import Bus
 from orderbus._runtime.opening import adapter
 from orderbus.cli.found import Seen
 
@@ -33,6 +34,17 @@ async def rights(url: str, *, relays: bool) -> list[Seen]:
         return [("ok", "enough for a bus" + (" and its relay" if relays else ""))]
     fix = "have its owner grant them (compose/roles/postgres.sql has roles that suffice)"
     return [("finding", f"the role lacks {', '.join(missing)}; {fix}")]
+
+
+async def permissions(settings: Settings, bus: Bus) -> list[Seen]:
+    """Of the broker's user, beside those to declare, which are looked at with the topology."""
+    url, relays = settings.broker_url or "", settings.database_url is not None and settings.relay is not False
+    module = importlib.import_module(f"{adapter(url).__name__}.permissions")
+    missing = await module.missing_permissions(url, bus.topology(), relays=relays)
+    if not missing:
+        return [("ok", "enough to consume" + (" and to relay" if relays else ""))]
+    fix = "have its permissions set (compose/roles/rabbitmq.sh gives those that suffice)"
+    return [("finding", f"the user may not {', '.join(missing)}; {fix}")]
 
 
 def _judged(ahead_s: float, unsure_s: float) -> Seen:

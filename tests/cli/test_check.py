@@ -6,9 +6,10 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiormq
 import anyio
@@ -20,6 +21,7 @@ from orderbus.adapters.postgres.rights import BUS, RELAY
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.cli.check_servers import _judged
 from tests.cli.conftest import ROOT, Project
+from tests.servers import Rabbit
 
 SHOP = """
     from orderbus import Bus, Event, Tx
@@ -54,6 +56,31 @@ def declare(url: str, name: str, arguments: dict[str, Any]) -> None:
         await connection.close()
 
     anyio.run(run)
+
+
+def apply(url: str, group: str) -> None:
+    """Declare what the shop needs."""
+
+    async def run() -> None:
+        async with open_broker(url, name="tests") as broker:
+            await broker.apply(topology_for([QueueNeed(f"{group}.orders.placed", ("orders.placed",))]))
+
+    anyio.run(run)
+
+
+class User:
+    """A user of a vhost who may configure all, and nothing else yet."""
+
+    def __init__(self, rabbit: Rabbit, url: str) -> None:
+        parts = urlsplit(url)
+        self.name = f"user-{secrets.token_hex(4)}"
+        self.url = urlunsplit(parts._replace(netloc=f"{self.name}:secret@{parts.hostname}:{parts.port or 5672}"))
+        self._vhost = unquote(parts.path[1:])
+        self._ctl = rabbit.ctl
+        self._ctl("add_user", self.name, "secret")
+
+    def may(self, write: str, read: str) -> None:
+        self._ctl("set_permissions", "-p", self._vhost, self.name, ".*", write, read)
 
 
 def test_all_is_well_in_one_process(project: Project) -> None:
@@ -221,11 +248,7 @@ def test_a_topology_as_it_should_be(project: Project, vhost_url: str, group: str
     project.write(SHOP.format(group=group))
     project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
 
-    async def apply() -> None:
-        async with open_broker(vhost_url, name="tests") as broker:
-            await broker.apply(topology_for([QueueNeed(f"{group}.orders.placed", ("orders.placed",))]))
-
-    anyio.run(apply)
+    apply(vhost_url, group)
     code, what = found(project, project.bus)
     assert (code, what["topology"]["status"]) == (0, "ok")
 
@@ -235,3 +258,81 @@ def test_a_bus_that_does_not_exist(project: Project) -> None:
     result = project.run("check", f"{project.module}:nobus")
     assert result.exit_code == 2
     assert f"did you mean {project.module}:bus?" in result.stderr
+
+
+class TestPermissions:
+    """Each that a bus needs at run time, taken away from a user who has all others."""
+
+    @pytest.fixture
+    def user(self, rabbit: Rabbit, vhost_url: str) -> Iterator[User]:
+        user = User(rabbit, vhost_url)
+        yield user
+        rabbit.ctl("delete_user", user.name)
+
+    @pytest.mark.servers
+    @pytest.mark.parametrize(
+        ("write", "read", "told"),
+        [
+            (".*", ".*", None),
+            ("^(?!ob\\.events).*$", ".*", "write to exchange 'ob.events'"),
+            ("^(?!amq\\.default).*$", ".*", "write to exchange 'amq.default'"),
+            ("^(?!ob\\.retry\\.60000ms).*$", ".*", "write to exchange 'ob.retry.60000ms'"),
+            (".*", "^(?!{group}).*$", "read queue '{group}.orders.placed'"),
+        ],
+    )
+    def test_one_that_is_missing_is_told(
+        self, project: Project, user: User, vhost_url: str, group: str, write: str, read: str, told: str | None
+    ) -> None:
+        project.write(SHOP.format(group=group))
+        apply(vhost_url, group)
+        user.may(write, read.replace("{group}", group))
+        project.environment |= {"ORDERBUS_BROKER_URL": user.url, "ORDERBUS_DATABASE_URL": "memory://"}
+
+        code, what = found(project, project.bus)
+
+        if told is None:
+            assert (code, what["permissions"]["text"]) == (0, "enough to consume and to relay")
+        else:
+            fix = "have its permissions set (compose/roles/rabbitmq.sh gives those that suffice)"
+            assert code == 1
+            assert what["permissions"]["text"] == f"the user may not {told.replace('{group}', group)}; {fix}"
+
+    @pytest.mark.servers
+    def test_what_is_not_needed_is_not_asked_for(self, project: Project, user: User, vhost_url: str, group: str) -> None:
+        project.write(SHOP.format(group=group))
+        apply(vhost_url, group)
+        user.may("^(?!ob\\.events).*$", ".*")
+        project.environment |= {"ORDERBUS_BROKER_URL": user.url, "ORDERBUS_DATABASE_URL": "memory://", "ORDERBUS_RELAY": "false"}
+
+        code, what = found(project, project.bus)
+
+        assert (code, what["permissions"]["text"]) == (0, "enough to consume")
+
+    @pytest.mark.servers
+    def test_nothing_is_taken_and_nothing_is_left(self, project: Project, vhost_url: str, group: str) -> None:
+        project.write(SHOP.format(group=group))
+        apply(vhost_url, group)
+        queue = f"{group}.orders.placed"
+        project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+
+        async def put() -> None:
+            connection = await aiormq.connect(vhost_url)
+            channel = await connection.channel()
+            await channel.queue_bind(queue, "ob.events", "#")  # what a check would publish to it, too
+            await channel.basic_publish(b"{}", exchange="", routing_key=queue)
+            await connection.close()
+
+        async def take() -> tuple[Any, Any]:
+            connection = await aiormq.connect(vhost_url)
+            channel = await connection.channel()
+            declared = await channel.queue_declare(queue, passive=True)
+            message = await channel.basic_get(queue, no_ack=True)
+            await channel.queue_delete(queue)
+            await connection.close()
+            return declared, message
+
+        anyio.run(put)
+        assert found(project, project.bus)[0] == 0
+        declared, message = anyio.run(take)
+        assert (declared.message_count, declared.consumer_count) == (1, 0)
+        assert message.header.properties.headers == {"x-delivery-count": 0}

@@ -6,18 +6,17 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aiormq.abc import AbstractChannel
-from aiormq.exceptions import ChannelAccessRefused, ChannelClosed, ChannelLockedResource, ChannelPreconditionFailed
 from yarl import URL
 
 from orderbus._core.topology import Binding, Topology
 from orderbus._core.topology_plan import Change, Kind, binding_change, changes
 from orderbus.adapters.rabbitmq.address import parse_addresses
-from orderbus.adapters.rabbitmq.connection import Connection, connect_to_one, describe
+from orderbus.adapters.rabbitmq.asking import Asking
+from orderbus.adapters.rabbitmq.connection import Connection, connect_to_one
 from orderbus.adapters.rabbitmq.inventory import inventory_there, wanted_inventory
 from orderbus.adapters.rabbitmq.management import Management
-from orderbus.adapters.rabbitmq.topology import Call, apply_topology, exchange_call, ignore, queue_call
-from orderbus.errors import TopologyError, UnavailableError, UsageError
+from orderbus.adapters.rabbitmq.topology import Call, apply_topology, exchange_call, queue_call
+from orderbus.errors import TopologyError, UsageError
 
 NO_BINDINGS = "can't be read over AMQP; give ORDERBUS_MANAGEMENT_URL"
 
@@ -44,7 +43,7 @@ class Drift:
     def __init__(self, connection: Connection, management: Management | None) -> None:
         self._connection = connection
         self._management = management
-        self._asking = _Asking(connection)
+        self._asking = Asking(connection)
 
     async def look(self, topology: Topology, groups: Collection[str]) -> list[Change]:
         """Changes nothing.
@@ -161,38 +160,6 @@ class Drift:
         if "NOT_FOUND" in refused:
             return [Change("create", kind, name)]
         return [Change("unknown" if "ACCESS_REFUSED" in refused else "differs", kind, name, said=refused)]
-
-
-class _Asking:
-    """Calls on a channel of its own, which the broker closes over each refusal."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._channel: AbstractChannel | None = None
-
-    async def ask(self, call: Call) -> str | None:
-        """None, or what the broker said in refusing."""
-        try:
-            await self.call(call)
-        except TopologyError as refusal:
-            return refusal.text
-        return None
-
-    async def call(self, call: Call) -> Any:
-        """The broker's answer. Raises TopologyError with its words where it refuses."""
-        if self._channel is None:
-            self._channel = await self._connection.open_plain_channel()
-        try:
-            return await self._connection.call(call(self._channel), "asking for the topology", on_giving_up=ignore)
-        except ChannelClosed as failure:
-            self._channel = None
-            said = " ".join(str(argument) for argument in failure.args)
-            if isinstance(failure, _REFUSALS) or "NOT_FOUND" in said:
-                raise TopologyError(said) from failure
-            raise UnavailableError(f"{self._connection.address.shown}: {describe(failure)}") from failure
-
-
-_REFUSALS = (ChannelPreconditionFailed, ChannelLockedResource, ChannelAccessRefused)
 
 
 def _passive_exchange(name: str) -> Call:
