@@ -191,7 +191,9 @@ async def outbox(job: Job, gate: Gate) -> None:
 
 
 async def relay(job: Job, gate: Gate) -> None:
-    """A bus without handlers; the rows wait already."""
+    """A bus without handlers; the rows wait already. One without a relay is opened before the word: it imports the drivers."""
+    async with Bus(GROUP, settings=Settings(broker_url=job.broker_url, database_url=job.database_url, relay=False)):
+        pass
     bus = Bus(GROUP, settings=Settings(broker_url=job.broker_url, database_url=job.database_url))
     began = gate.go()
     async with bus:
