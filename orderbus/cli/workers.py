@@ -99,12 +99,17 @@ class Workers:
     async def _watch(self) -> None:
         from watchfiles import PythonFilter, awatch
 
-        async for changes in awatch(os.getcwd(), watch_filter=PythonFilter(), stop_event=self._stopping):
-            log.info("%s changed: beginning again", _names(path for _, path in changes))
-            self._replaced |= self._processes.keys()
-            self._terminate()
-            self._changed.set()
-            self._changed = anyio.Event()
+        try:
+            async for changes in awatch(os.getcwd(), watch_filter=PythonFilter(), stop_event=self._stopping):
+                log.info("%s changed: beginning again", _names(path for _, path in changes))
+                self._replaced |= self._processes.keys()
+                self._terminate()
+                self._changed.set()
+                self._changed = anyio.Event()
+        except (OSError, RuntimeError) as error:  # the user's inotify watches are used up, or the folder is gone
+            log.error("this folder can't be watched for changes: %s; stopping all", error)
+            self._failed = ExitCode.UNCLEAN
+            self._stop()
 
     async def _wait_for(self, changed: anyio.Event) -> None:
         async with anyio.create_task_group() as tasks:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
@@ -181,6 +182,18 @@ def test_a_change_of_a_file_drains_and_begins_again_and_a_mistake_in_it_waits_fo
     process.send_signal(signal.SIGTERM)
     code, output, _ = ended(process)
     assert (code, receipts(output)) == (0, [True])
+
+
+def test_a_folder_that_can_not_be_watched_stops_all(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async def awatch(*_: object, **__: object) -> AsyncIterator[None]:
+        raise RuntimeError("OS file watch limit reached")
+        yield
+
+    monkeypatch.setattr("watchfiles.awatch", awatch)
+    workers = Workers([sys.executable, "-c", "import sys; sys.stdin.read()"], 1, reload=True)
+
+    assert anyio.run(workers.run) is ExitCode.UNCLEAN
+    assert "this folder can't be watched for changes: OS file watch limit reached; stopping all" in caplog.text
 
 
 def test_a_signal_ends_a_reload_that_waits_for_a_change(project: Project) -> None:
