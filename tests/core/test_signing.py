@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import random
+import re
 import struct
 from typing import Any
 
@@ -18,7 +19,7 @@ from orderbus._core.ids import uuid7
 from orderbus._core.leaving import parked_message, replayed_message, retry_message
 from orderbus._core.letter_record import edited_message, read_record, returned_message, write_record
 from orderbus._core.message import ATTEMPT, KEY, Incoming, Outgoing, Properties
-from orderbus._core.signing import SIGNATURE, SigningKeys, signing_keys
+from orderbus._core.signing import SIGNATURE, SigningKeys, masked_keys, signing_keys
 from orderbus._core.work import Work
 from orderbus.errors import MessageError
 from tests.core.test_leaving import ROUTE
@@ -124,6 +125,96 @@ def test_whatever_stands_in_the_header_is_refused_with_its_reason(header: Any, r
     headers = dict(properties.headers) | {SIGNATURE: header}
 
     assert reason_of(keys(), TOPIC, Properties(message_id=ID, type=TOPIC, headers=headers), body) == reason
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (None, "the message has no header ob-signature, and ORDERBUS_SIGNING_KEYS asks for one"),
+        (7, "the header ob-signature is no text"),
+        ("stranger:AAAA", "it is signed with the key 'stranger'; ORDERBUS_SIGNING_KEYS has 2026b, 2026a"),
+        ("s" * 33, f"it is signed with the key {'s' * 32!r}; ORDERBUS_SIGNING_KEYS has 2026b, 2026a"),
+        ("2026a:AA:AA", "it was not signed as it is with the key '2026a': topic, id, key, content type or body differ"),
+    ],
+)
+def test_a_refused_message_says_what_is_wrong_with_its_signature(header: Any, said: str) -> None:
+    with pytest.raises(MessageError) as raised:
+        keys().check(TOPIC, Properties(message_id=ID, type=TOPIC, headers={SIGNATURE: header}), b"{}")
+
+    assert str(raised.value) == said
+
+
+def test_text_that_no_utf_8_could_carry_is_signed_and_checked_like_any_other() -> None:
+    by, odd = keys(), "\udcff"
+
+    headers = {SIGNATURE: by.sign(odd, odd, odd, odd, b""), KEY: odd}
+    assert reason_of(by, odd, Properties(message_id=odd, type=odd, content_type=odd, headers=headers), b"") == "fine"
+
+
+def test_a_message_without_an_id_or_a_content_type_is_signed_as_one_with_no_id_and_json() -> None:
+    by = keys()
+    headers = {SIGNATURE: by.sign(TOPIC, "", None, "application/json", b"{}")}
+
+    assert reason_of(by, TOPIC, Properties(type=TOPIC, headers=headers), b"{}") == "fine"
+
+
+def test_a_key_that_is_no_text_counts_as_none() -> None:
+    by = keys()
+    headers = {SIGNATURE: by.sign(TOPIC, ID, None, "application/json", b"{}"), KEY: 7}
+
+    assert reason_of(by, TOPIC, Properties(message_id=ID, type=TOPIC, headers=headers), b"{}") == "fine"
+
+
+def test_a_message_without_a_key_is_signed_with_a_length_that_no_key_has() -> None:
+    parts = [TOPIC.encode(), ID.encode(), b"", b"application/json", b"{}"]
+    lengths = [13, 36, 0xFFFFFFFF, 16, 2]
+    expected = hmac.digest(b"n" * 48, struct.pack(">5I", *lengths) + b"".join(parts), "sha256")
+
+    assert keys().sign(TOPIC, ID, None, "application/json", b"{}") == f"2026b:{base64.b64encode(expected).decode()}"
+
+
+def test_the_unsigned_are_refused_unless_the_settings_say_otherwise() -> None:
+    assert SigningKeys({"a": b"k" * 32}).takes_unsigned is False
+    assert keys().takes_unsigned is False
+    assert keys(f"2026a:{OLD}, unsigned").takes_unsigned is True
+
+
+def test_up_to_16_keys_with_ids_of_up_to_32_characters_are_taken() -> None:
+    many = keys(",".join(f"{n:032}:{OLD}" for n in range(16)))
+
+    assert many.sign(TOPIC, ID, "a", "application/json", b"{}").startswith(f"{0:032}:")
+    with pytest.raises(ValueError, match="entry 1 is not"):
+        signing_keys(f"{0:033}:{OLD}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("s3cret", "entry 1 is not `id:base64`, where an id is 1 to 32 letters, digits, dots, dashes"),
+        ("unsigned", "there are 0 keys; it takes 1 to 16"),
+        ("a:%%%", "the key 'a' is not base64; make one with `openssl rand -base64 32`"),
+        (f"a:{OLD}:{OLD}", "the key 'a' is not base64; make one with `openssl rand -base64 32`"),
+        (f"a:{OLD}%", "the key 'a' is not base64; make one with `openssl rand -base64 32`"),
+        ("a:czNjcmV0", "the key 'a' has 6 bytes; at least 32: make one with `openssl rand -base64 32`"),
+        (f"a:{OLD},a:{NEW}", "the key id 'a' is there twice"),
+    ],
+)
+def test_a_refused_key_is_told_with_its_fix(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        signing_keys(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"2026b:{NEW}, 2026a:{OLD}, unsigned", "2026b:***,2026a:***,unsigned"),
+        ("s3cret", "***"),
+        ("a:s3cret:more", "a:***"),
+        ("not an id:s3cret", "***"),
+    ],
+)
+def test_keys_are_masked_down_to_what_is_surely_an_id(text: str, shown: str) -> None:
+    assert masked_keys(text) == shown
 
 
 def test_while_signing_is_introduced_the_unsigned_are_taken_and_the_forged_are_not() -> None:
