@@ -20,8 +20,9 @@ from orderbus._core.letter_record import (
     returned_message,
     write_record,
 )
-from orderbus._core.message import ATTEMPT, Incoming, Properties
+from orderbus._core.message import ATTEMPT, KEY, Incoming, Properties
 from orderbus._core.parked import read_parked
+from orderbus._core.signing import SIGNATURE, SigningKeys
 from orderbus.errors import MessageError, UsageError
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -100,6 +101,29 @@ def test_what_only_the_broker_said_is_kept_as_ours() -> None:
     assert back.headers == {REASON: "delivery-limit", QUEUE: "shop.orders", PARKED_AT: 1_700_000_000.0, "mine": "kept"}
     again = incoming(headers=back.headers, message_id="m")
     assert read_parked(again).reason == "delivery-limit"
+
+
+def test_a_returned_letter_has_the_properties_that_it_came_with() -> None:
+    back = returned_message(incoming(b"body", message_id="m", type="t", content_type="application/msgpack", timestamp_s=7))
+    assert (back.body, back.message_id, back.type, back.content_type, back.timestamp_s) == (
+        b"body", "m", "t", "application/msgpack", 7
+    )  # fmt: skip
+
+
+def test_a_returned_letter_that_said_nothing_of_itself_is_json_of_no_type() -> None:
+    back = returned_message(incoming())
+    assert (back.message_id, back.type, back.content_type, back.timestamp_s) == ("", "", "application/json", None)
+
+
+@pytest.mark.parametrize("key", ["a", None, 7])
+def test_an_edited_letter_is_signed_as_what_it_is_now(key: Any) -> None:
+    keys = SigningKeys({"k": b"k" * 32})
+    headers = {SIGNATURE: "k:old"} | ({} if key is None else {KEY: key})
+    letter = incoming(b"old", headers, message_id=str(uuid7(1_000, 1)), type="t", content_type="application/msgpack")
+    message = edited_message(letter, "shop.orders", b"new", event_id=uuid7(1_000, 2), signing=keys)
+    keys.check("t", Properties(message.message_id, message.type, message.content_type, None, message.headers), b"new")
+    with pytest.raises(MessageError):
+        keys.check("t", Properties(message.message_id, message.type, message.content_type, None, message.headers), b"old")
 
 
 def test_an_edited_letter_says_which_it_was_and_its_attempts_are_counted_anew() -> None:

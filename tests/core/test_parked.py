@@ -104,6 +104,49 @@ def test_only_dead_letter_queues_are_looked_into(queue: str, is_one: bool) -> No
 
 
 @pytest.mark.parametrize(
+    ("value", "wanted", "matches"),
+    [
+        ("x", "x", True),
+        ("x", "y", False),
+        (True, "true", True),
+        (False, "false", True),
+        (True, "True", False),
+        (7, "7", True),
+        (7.5, "7.5", True),
+        (b"x", "*", False),
+        (None, "*", False),
+        ([1], "*", False),
+    ],
+)
+def test_a_header_is_compared_as_people_write_its_value(value: Any, wanted: str, matches: bool) -> None:
+    assert Wanted(headers=(("mine", wanted),)).matches(letter(headers={"mine": value})) is matches
+
+
+def test_all_wanted_headers_must_match_and_a_missing_one_matches_nothing() -> None:
+    both = letter(headers={"a": "1", "b": "2"})
+
+    assert Wanted(headers=(("a", "1"), ("b", "?"))).matches(both)
+    assert not Wanted(headers=(("a", "1"), ("b", "3"))).matches(both)
+    assert not Wanted(headers=(("c", "*"),)).matches(both)
+
+
+@pytest.mark.parametrize("event_id", [None, "", "not-an-id"])
+def test_a_letter_without_an_event_id_can_not_be_replayed(event_id: str | None) -> None:
+    assert refusal(letter(event_id=event_id), now_s=0) == (
+        "it has no event id (a UUID), without which its consumer parks it again at once"
+    )
+
+
+def test_a_letter_as_old_as_the_window_may_be_replayed_and_an_older_one_is_told_the_window_in_days() -> None:
+    old = letter(event_id=str(uuid7(1_000_000, 1)))
+
+    assert refusal(old, now_s=1_000.0 + 7 * 86_400, window_s=7 * 86_400.0) is None
+    assert (refusal(old, now_s=1_001.0 + 7 * 86_400, window_s=7 * 86_400.0) or "").startswith(
+        "the event is older than the dedupe window of 7 days: its consumer can't know"
+    )
+
+
+@pytest.mark.parametrize(
     ("event_id", "age_s", "is_refused"),
     [
         (uuid7(1_000_000, 1), 50.0, False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from orderbus._core.topology import Binding, Exchange, Queue, QueueNeed, Topology, topology_for
 from orderbus._core.topology_plan import Change, Difference, Inventory, changes, to_create, united
 
@@ -46,6 +48,19 @@ def test_a_binding_that_nobody_wants_of_a_queue_that_somebody_wants_is_left_over
     there = Inventory({}, {"q": HELD}, (Binding("x", "q", "a.*"),))
     wanted = Inventory({}, {"q": HELD}, ())
     assert [(change.action, str(change)) for change in changes(wanted, there)] == [("leftover", "binding x → q by a.*")]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (Change("create", "binding", "q", "x", ""), "binding x → q"),
+        (Change("create", "binding", "q", "x", "a.*"), "binding x → q by a.*"),
+        (Change("unknown", "binding", "12"), "bindings, 12"),
+        (Change("leftover", "queue", "q"), "queue q"),
+    ],
+)
+def test_a_change_is_printed_as_what_it_is_about(change: Change, said: str) -> None:
+    assert str(change) == said
 
 
 def test_several_groups_need_each_shared_thing_once() -> None:
