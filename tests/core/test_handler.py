@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from orderbus import Batch, Bus, Delivery, Event, Retry, Tx, UsageError
-from orderbus._core.handler import Plan, queue_needs
+from orderbus._core.handler import Handler, Options, Periodic, Plan, check_options, queue_needs, resolve_periodic
+from orderbus._core.topology import QueueNeed
 
 
 class Placed(Event, topic="orders.placed", key="order_id"):
@@ -32,10 +33,11 @@ def plan_of(bus: Bus) -> Plan:
     return plan
 
 
-def refused(register: Callable[[], object], *fragments: str) -> None:
-    """Every fragment is in the text: what is wrong, where, and what to write instead."""
+def refused(register: Callable[[], object], code: str, *fragments: str) -> None:
+    """With the code of its paragraph, and every fragment is in the text: what is wrong, where, and what to write instead."""
     with pytest.raises(UsageError) as raised:
         register()
+    assert raised.value.code == code
     for fragment in fragments:
         assert fragment in str(raised.value)
 
@@ -64,6 +66,7 @@ def test_the_decorator_leaves_the_function_as_it_is(bus: Bus) -> None:
         (Paid, (Paid,)),
         (Paid | None, (Paid,)),
         (Paid | Placed | None, (Paid, Placed)),
+        (Paid | None | Placed, (Paid, Placed)),
         (list[Paid], (Paid,)),
         (Sequence[Paid | Placed], (Paid, Placed)),
         (tuple[Paid, ...], (Paid,)),
@@ -88,13 +91,15 @@ def test_a_handler_that_returns_no_events_is_refused(bus: Bus, returns: Any) -> 
 
     handle.__annotations__["return"] = returns
 
-    refused(lambda: bus.on(Placed)(handle), "handle (", "test_handler.py", "a handler returns None, an event, or a sequence")
+    refused(
+        lambda: bus.on(Placed)(handle), "OB307", "handle (", "test_handler.py", "a handler returns None, an event, or a sequence"
+    )
 
 
 def test_a_function_that_is_not_async_is_refused(bus: Bus) -> None:
     def handle(event: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed)(handle), "handle (", "must be an async function; write `async def handle(…)`")
+    refused(lambda: bus.on(Placed)(handle), "OB301", "handle (", "must be an async function; write `async def handle(…)`")
 
 
 def test_what_is_no_function_is_refused(bus: Bus) -> None:
@@ -103,16 +108,16 @@ def test_what_is_no_function_is_refused(bus: Bus) -> None:
 
     async def handle(event: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed)(Handles()), "Handles", "must be an async function")
-    refused(lambda: bus.on(Placed)(functools.partial(handle)), "handle", "must be an async function")
-    refused(lambda: bus.on(Placed)(None), "None", "must be an async function")
+    refused(lambda: bus.on(Placed)(Handles()), "OB301", "Handles", "must be an async function")
+    refused(lambda: bus.on(Placed)(functools.partial(handle)), "OB301", "handle", "must be an async function")
+    refused(lambda: bus.on(Placed)(None), "OB301", "None", "must be an async function")
 
 
 def test_an_async_generator_is_refused(bus: Bus) -> None:
     async def handle(event: Placed) -> AsyncIterator[Paid]:
         yield Paid(order_id=1)
 
-    refused(lambda: bus.on(Placed)(handle), "must be an async function")
+    refused(lambda: bus.on(Placed)(handle), "OB301", "must be an async function")
 
 
 def test_a_method_can_be_a_handler(bus: Bus) -> None:
@@ -127,7 +132,7 @@ def test_a_method_can_be_a_handler(bus: Bus) -> None:
 def test_a_handler_without_parameters_is_refused(bus: Bus) -> None:
     async def handle() -> None: ...
 
-    refused(lambda: bus.on(Placed)(handle), "handle (", "its first must be the event, `event: Placed`")
+    refused(lambda: bus.on(Placed)(handle), "OB302", "handle (", "its first must be the event, `event: Placed`")
 
 
 def test_another_event_than_the_registered_one_is_refused(bus: Bus) -> None:
@@ -135,6 +140,7 @@ def test_another_event_than_the_registered_one_is_refused(bus: Bus) -> None:
 
     refused(
         lambda: bus.on(Placed)(handle),
+        "OB302",
         "first parameter 'order' is Paid",
         "registered for Placed",
         "write `order: Placed`",
@@ -144,13 +150,13 @@ def test_another_event_than_the_registered_one_is_refused(bus: Bus) -> None:
 def test_a_first_parameter_that_is_not_the_event_is_refused(bus: Bus) -> None:
     async def handle(tx: Tx, order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed)(handle), "first parameter 'tx' is Tx", "write `tx: Placed`")
+    refused(lambda: bus.on(Placed)(handle), "OB302", "first parameter 'tx' is Tx", "write `tx: Placed`")
 
 
 def test_a_parameter_without_a_type_is_refused(bus: Bus) -> None:
     async def handle(order: Placed, tx) -> None: ...
 
-    refused(lambda: bus.on(Placed)(handle), "handle (", "parameter 'tx' has no type")
+    refused(lambda: bus.on(Placed)(handle), "OB303", "handle (", "parameter 'tx' has no type")
 
 
 @pytest.mark.parametrize("kind", ["*args", "**options", "keyword only"])
@@ -161,7 +167,7 @@ def test_parameters_that_can_not_be_injected_are_refused(bus: Bus, kind: str) ->
 
     handle: Any = {"*args": positional, "**options": keywords, "keyword only": keyword_only}[kind]
 
-    refused(lambda: bus.on(Placed)(handle), "rest: ", "can't be injected; use plain parameters")
+    refused(lambda: bus.on(Placed)(handle), "OB303", "rest: ", "can't be injected; use plain parameters")
 
 
 @pytest.mark.parametrize("kind", [int, str, dict, list[int], Placed, Any])
@@ -170,14 +176,14 @@ def test_a_type_that_nobody_can_provide_is_refused_at_definition(bus: Bus, kind:
 
     handle.__annotations__["limit"] = kind
 
-    refused(lambda: bus.on(Placed)(handle), "handle (", "parameter 'limit' is", "nobody provides", "@bus.resource")
+    refused(lambda: bus.on(Placed)(handle), "OB304", "handle (", "parameter 'limit' is", "nobody provides", "@bus.resource")
 
 
 def test_a_resource_that_nobody_provided_is_refused_at_start(bus: Bus) -> None:
     @bus.on(Placed)
     async def handle(order: Placed, mailer: Mailer) -> None: ...
 
-    refused(bus.plans, "handle (", "parameter 'mailer' is Mailer", "use one of Tx, Delivery")
+    refused(bus.plans, "OB304", "handle (", "parameter 'mailer' is Mailer", "use one of Tx, Delivery")
 
 
 def test_an_annotation_that_can_not_be_found_is_refused_at_start(bus: Bus) -> None:
@@ -185,7 +191,7 @@ def test_an_annotation_that_can_not_be_found_is_refused_at_start(bus: Bus) -> No
 
     bus.on(Placed)(handle)
 
-    refused(bus.plans, "handle (", "name something that can't be found", "Nowhere")
+    refused(bus.plans, "OB305", "handle (", "name something that can't be found", "Nowhere")
 
 
 def test_an_annotation_may_name_what_is_defined_later(bus: Bus) -> None:
@@ -207,7 +213,7 @@ class LateMailer:
 def test_what_is_no_event_is_refused_with_the_handler_named(bus: Bus) -> None:
     async def handle(order: int) -> None: ...
 
-    refused(lambda: bus.on(int)(handle), "handle (", "no event class; derive it from Event")
+    refused(lambda: bus.on(int)(handle), "OB201", "handle (", "no event class; derive it from Event")
 
 
 def test_an_event_without_a_topic_can_not_be_handled(bus: Bus) -> None:
@@ -218,6 +224,7 @@ def test_an_event_without_a_topic_can_not_be_handled(bus: Bus) -> None:
 
     refused(
         lambda: bus.on(Base)(handle),
+        "OB202",
         "event class Base (",
         "test_handler.py:",
         ") has no topic",
@@ -230,46 +237,46 @@ def test_an_event_without_a_topic_can_not_be_handled(bus: Bus) -> None:
 def test_counts_that_are_zero_unbounded_or_no_numbers_are_refused(bus: Bus, option: str, value: Any) -> None:
     async def handle(order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed, **{option: value})(handle), "handle (", f"{option}={value!r} must be")
+    refused(lambda: bus.on(Placed, **{option: value})(handle), "OB311", "handle (", f"{option}={value!r} must be")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 1201, float("nan"), float("inf"), "5", None])
 def test_a_timeout_that_is_no_time_is_refused(bus: Bus, timeout: Any) -> None:
     async def handle(order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed, timeout=timeout)(handle), "handle (", f"timeout={timeout!r} must be more than 0")
+    refused(lambda: bus.on(Placed, timeout=timeout)(handle), "OB311", "handle (", f"timeout={timeout!r} must be more than 0")
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "with space", "ü", "a" * 101, ".dot", 5])
 def test_a_name_that_no_queue_could_have_is_refused(bus: Bus, name: Any) -> None:
     async def handle(order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed, name=name)(handle), "handle (", f"name={name!r} must be lower-case")
+    refused(lambda: bus.on(Placed, name=name)(handle), "OB310", "handle (", f"name={name!r} must be lower-case")
 
 
 def test_names_that_orderbus_needs_itself_are_refused(bus: Bus) -> None:
     async def handle(order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed, name="ordered")(handle), "the name 'ordered' is taken")
-    refused(lambda: bus.on(Placed, name="x.dlq")(handle), "ends like a dead letter queue")
-    refused(lambda: Bus("ob"), "choose another group")
+    refused(lambda: bus.on(Placed, name="ordered")(handle), "OB310", "the name 'ordered' is taken")
+    refused(lambda: bus.on(Placed, name="x.dlq")(handle), "OB310", "ends like a dead letter queue")
+    refused(lambda: Bus("ob"), "OB318", "choose another group")
 
 
 @pytest.mark.parametrize("group", ["", "Upper", "a.b", "a b", "1a", "a" * 61])
 def test_a_group_that_no_queue_could_have_is_refused(group: str) -> None:
-    refused(lambda: Bus(group), f"Bus({group!r})", "lower-case letters")
+    refused(lambda: Bus(group), "OB318", f"Bus({group!r})", "lower-case letters")
 
 
 def test_a_policy_that_is_none_is_refused(bus: Bus) -> None:
     async def handle(order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed, retry=5)(handle), "handle (", "retry=5 must be a Retry")
+    refused(lambda: bus.on(Placed, retry=5)(handle), "OB311", "handle (", "retry=5 must be a Retry")
 
 
 def test_an_unknown_guard_is_refused(bus: Bus) -> None:
     async def handle(order: Placed) -> None: ...
 
-    refused(lambda: bus.on(Placed, guard="redis")(handle), "handle (", "guard='redis' must be")
+    refused(lambda: bus.on(Placed, guard="redis")(handle), "OB311", "handle (", "guard='redis' must be")
 
 
 def test_claims_can_not_guard_what_needs_a_transaction(bus: Bus) -> None:
@@ -277,7 +284,9 @@ def test_claims_can_not_guard_what_needs_a_transaction(bus: Bus) -> None:
     async def returns(order: Placed) -> Paid | None: ...
 
     for handle in (writes, returns):
-        refused(lambda handle=handle: bus.on(Placed, guard="claims")(handle), "handlers that write to no database; drop Tx")
+        refused(
+            lambda handle=handle: bus.on(Placed, guard="claims")(handle), "OB314", "handlers that write to no database; drop Tx"
+        )
 
 
 def test_ordered_retries_that_take_too_long_together_are_refused(bus: Bus) -> None:
@@ -285,7 +294,9 @@ def test_ordered_retries_that_take_too_long_together_are_refused(bus: Bus) -> No
 
     policy = Retry.fixed(300, attempts=5)
 
-    refused(lambda: bus.on(Placed, ordered=True, retry=policy)(handle), "handle (", "must stay below 900 s", "waits 1200 s")
+    refused(
+        lambda: bus.on(Placed, ordered=True, retry=policy)(handle), "OB313", "handle (", "must stay below 900 s", "waits 1200 s"
+    )
 
 
 def test_two_handlers_for_one_event_need_names(bus: Bus) -> None:
@@ -294,7 +305,7 @@ def test_two_handlers_for_one_event_need_names(bus: Bus) -> None:
 
     bus.on(Placed)(first)
 
-    refused(lambda: bus.on(Placed)(second), "second (", "first (", "already called 'orders.placed'", "name='second'")
+    refused(lambda: bus.on(Placed)(second), "OB308", "second (", "first (", "already called 'orders.placed'", "name='second'")
     bus.on(Placed, name="second")(second)
     assert [handler.queue for handler in bus.handlers] == ["payments.orders.placed", "payments.second"]
 
@@ -305,7 +316,7 @@ def test_two_ordered_handlers_for_one_event_are_refused_even_with_names(bus: Bus
 
     bus.on(Placed, ordered=True)(first)
 
-    refused(lambda: bus.on(Placed, ordered=True, name="second")(second), "second (", "one ordered handler for a topic")
+    refused(lambda: bus.on(Placed, ordered=True, name="second")(second), "OB308", "second (", "one ordered handler for a topic")
 
 
 def test_one_name_for_two_events_is_refused(bus: Bus) -> None:
@@ -314,7 +325,7 @@ def test_one_name_for_two_events_is_refused(bus: Bus) -> None:
 
     bus.on(Placed, name="same")(first)
 
-    refused(lambda: bus.on(Paid, name="same")(second), "already called 'same'")
+    refused(lambda: bus.on(Paid, name="same")(second), "OB308", "already called 'same'")
 
 
 def test_a_batch_handler_of_several_events_says_them_in_its_own_signature(bus: Bus) -> None:
@@ -328,11 +339,11 @@ def test_a_batch_handler_of_several_events_says_them_in_its_own_signature(bus: B
     assert (handler.events, handler.queue, plan.arguments) == ((Placed, Paid), "payments.both", ("batch", "tx"))
     assert [sorted(need.topics) for need in queue_needs([handler])] == [sorted(handler.topics)]
 
-    refused(lambda: bus.on_batch(name="a")(no_batch), "no_batch (", "names no event", "write `batch: Batch[A | B]`")
-    refused(lambda: bus.on_batch(name="b")(nothing), "nothing (", "write `batch: Batch[A | B]`")
-    refused(lambda: bus.on_batch(name="c")(no_event), "no_event (", "which is no event class")
-    refused(lambda: bus.on_batch()(good), "good (", "give it a stable name=")  # type: ignore[call-overload]
-    refused(lambda: bus.on_batch(name="both")(good), "already called 'both'")
+    refused(lambda: bus.on_batch(name="a")(no_batch), "OB302", "no_batch (", "names no event", "write `batch: Batch[A | B]`")
+    refused(lambda: bus.on_batch(name="b")(nothing), "OB302", "nothing (", "write `batch: Batch[A | B]`")
+    refused(lambda: bus.on_batch(name="c")(no_event), "OB201", "no_event (", "which is no event class")
+    refused(lambda: bus.on_batch()(good), "OB309", "good (", "give it a stable name=")  # type: ignore[call-overload]
+    refused(lambda: bus.on_batch(name="both")(good), "OB308", "already called 'both'")
 
 
 def test_a_batch_handler_takes_a_batch(bus: Bus) -> None:
@@ -340,9 +351,9 @@ def test_a_batch_handler_takes_a_batch(bus: Bus) -> None:
     async def other(orders: Batch[Paid]) -> None: ...
     async def good(orders: Batch[Placed], tx: Tx) -> None: ...
 
-    refused(lambda: bus.on_batch(Placed)(single), "single (", "registered for Batch[Placed]", "`order: Batch[Placed]`")
-    refused(lambda: bus.on_batch(Placed)(other), "other (", "`orders: Batch[Placed]`")
-    refused(lambda: bus.on(Placed)(good), "good (", "`orders: Placed`")
+    refused(lambda: bus.on_batch(Placed)(single), "OB302", "single (", "registered for Batch[Placed]", "`order: Batch[Placed]`")
+    refused(lambda: bus.on_batch(Placed)(other), "OB302", "other (", "`orders: Batch[Placed]`")
+    refused(lambda: bus.on(Placed)(good), "OB302", "good (", "`orders: Placed`")
     bus.on_batch(Placed)(good)
     assert plan_of(bus).arguments == ("batch", "tx")
 
@@ -350,14 +361,16 @@ def test_a_batch_handler_takes_a_batch(bus: Bus) -> None:
 def test_a_batch_handler_has_no_single_delivery(bus: Bus) -> None:
     async def handle(orders: Batch[Placed], delivery: Delivery) -> None: ...
 
-    refused(lambda: bus.on_batch(Placed)(handle), "handle (", "parameter 'delivery'", "use item.delivery")
+    refused(lambda: bus.on_batch(Placed)(handle), "OB306", "handle (", "parameter 'delivery'", "use item.delivery")
 
 
 @pytest.mark.parametrize("most", [0, 10_001])
 def test_a_batch_has_bounds(bus: Bus, most: int) -> None:
     async def handle(orders: Batch[Placed]) -> None: ...
 
-    refused(lambda: bus.on_batch(Placed, most=most)(handle), "handle (", f"={most} must be a whole number from 1 to 10000")
+    refused(
+        lambda: bus.on_batch(Placed, most=most)(handle), "OB311", "handle (", f"={most} must be a whole number from 1 to 10000"
+    )
 
 
 def test_a_resource_is_an_async_generator_with_a_type(bus: Bus) -> None:
@@ -383,11 +396,13 @@ def test_a_resource_is_an_async_generator_with_a_type(bus: Bus) -> None:
         yield Mailer()
 
     for function in (coroutine, generator, None, Mailer):
-        refused(lambda function=function: bus.resource(function), "resource ", "must be an async generator")
+        refused(lambda function=function: bus.resource(function), "OB316", "resource ", "must be an async generator")
     for function in (untyped, wrong_type, no_class):
-        refused(lambda function=function: bus.resource(function), "needs the type it provides; write `-> AsyncIterator[T]`")
-    refused(lambda: bus.resource(lost), "lost", "can't be found", "Nowhere")
-    refused(lambda: bus.resource(parameters), "parameters", "takes no parameters")
+        refused(
+            lambda function=function: bus.resource(function), "OB316", "needs the type it provides; write `-> AsyncIterator[T]`"
+        )
+    refused(lambda: bus.resource(lost), "OB305", "lost", "can't be found", "Nowhere")
+    refused(lambda: bus.resource(parameters), "OB316", "parameters", "takes no parameters")
 
 
 def test_two_resources_of_one_type_are_refused(bus: Bus) -> None:
@@ -396,14 +411,14 @@ def test_two_resources_of_one_type_are_refused(bus: Bus) -> None:
 
     bus.resource(first)
 
-    refused(lambda: bus.resource(first), "has a resource of type Mailer already")
+    refused(lambda: bus.resource(first), "OB317", "has a resource of type Mailer already")
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 86_401, float("nan"), "1"])
 def test_periodic_work_needs_an_interval(bus: Bus, seconds: Any) -> None:
     async def tidy() -> None: ...
 
-    refused(lambda: bus.every(seconds)(tidy), "periodic ", "tidy (", "every 0.01 to 86,400 seconds")
+    refused(lambda: bus.every(seconds)(tidy), "OB311", "periodic ", "tidy (", "every 0.01 to 86,400 seconds")
 
 
 def test_periodic_work_has_a_signature_like_a_handler(bus: Bus) -> None:
@@ -415,9 +430,179 @@ def test_periodic_work_has_a_signature_like_a_handler(bus: Bus) -> None:
 
     def plain() -> None: ...
 
-    refused(lambda: bus.every(1)(delivered), "delivered (", "nothing is delivered here")
-    refused(lambda: bus.every(1)(untyped), "untyped (", "parameter 'tx' has no type")
-    refused(lambda: bus.every(1)(unknown), "unknown (", "parameter 'limit' is int", "nobody provides")
-    refused(lambda: bus.every(1)(returns), "returns (", "a handler returns None, an event")
-    refused(lambda: bus.every(1)(plain), "plain (", "must be an async function")
-    refused(lambda: bus.every(1)(functools.partial(plain)), "plain", "must be an async function")
+    refused(lambda: bus.every(1)(delivered), "OB306", "delivered (", "nothing is delivered here")
+    refused(lambda: bus.every(1)(untyped), "OB303", "untyped (", "parameter 'tx' has no type")
+    refused(lambda: bus.every(1)(unknown), "OB304", "unknown (", "parameter 'limit' is int", "nobody provides")
+    refused(lambda: bus.every(1)(returns), "OB307", "returns (", "a handler returns None, an event")
+    refused(lambda: bus.every(1)(plain), "OB301", "plain (", "must be an async function")
+    refused(lambda: bus.every(1)(functools.partial(plain)), "OB301", "plain", "must be an async function")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"concurrency": 1, "fuse": 1, "prefetch": 1},
+        {"concurrency": 1_000, "fuse": 10_000, "prefetch": 65_535},
+        {"timeout": 0.001},
+        {"timeout": 1_200},
+        {"guard": "inbox"},
+        {"guard": "claims"},
+        {"guard": "none"},
+        {"ordered": True, "retry": Retry.fixed(300, attempts=4)},
+        {"name": "a" * 100},
+        {"name": "a.b-c_1"},
+    ],
+)
+def test_options_at_their_bounds_are_taken(bus: Bus, options: dict[str, Any]) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    bus.on(Placed, **options)(handle)
+
+    assert len(bus.plans()) == 1
+
+
+@pytest.mark.parametrize("option", [{"concurrency": 1_001}, {"fuse": 10_001}, {"prefetch": 65_536}])
+def test_options_one_beyond_their_bounds_are_refused(bus: Bus, option: dict[str, int]) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    ((name, value),) = option.items()
+    refused(lambda: bus.on(Placed, **option)(handle), "OB311", "handle (", f"{name}={value} must be")
+
+
+@pytest.mark.parametrize(
+    ("options", "prefetch"),
+    [
+        ({}, 20),
+        ({"concurrency": 1}, 16),
+        ({"concurrency": 10, "fuse": 5}, 100),
+        ({"concurrency": 1_000, "fuse": 10_000}, 65_535),
+        ({"prefetch": 3}, 3),
+    ],
+)
+def test_without_a_prefetch_each_worker_has_as_much_again_waiting(bus: Bus, options: dict[str, int], prefetch: int) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    bus.on(Placed, **options)(handle)
+
+    assert bus.handlers[0].prefetch == prefetch
+
+
+class PlacedAgain(Event, topic="orders.placed"):
+    pass
+
+
+def test_two_events_of_one_topic_can_not_share_a_handler(bus: Bus) -> None:
+    async def handle(orders: Batch[Placed | PlacedAgain]) -> None: ...
+
+    refused(
+        lambda: bus.on_batch(name="both")(handle),
+        "OB309",
+        "handle (",
+        "two of its events have the same topic: orders.placed, orders.placed",
+    )
+
+
+def test_a_batch_can_not_be_ordered() -> None:
+    async def handle(orders: Batch[Placed]) -> None: ...
+
+    handler = Handler("payments", handle, (Placed,), Options(Retry.exponential(attempts=5), ordered=True), batch=True)
+
+    refused(lambda: check_options(handler), "OB312", "handle (", "a batch handler can't be ordered; use bus.on(…, ordered=True")
+
+
+def test_a_batch_of_what_can_not_be_found_is_refused_at_definition(bus: Bus) -> None:
+    async def handle(orders: "Batch[Nowhere]") -> None: ...  # noqa: F821
+
+    refused(
+        lambda: bus.on_batch(name="both")(handle),
+        "OB305",
+        "handle (",
+        "can't be found: name 'Nowhere' is not defined; write `batch: Batch[A | B]` with event classes that are defined above, "
+        "or name the event in the decorator",
+    )
+
+
+def test_a_batch_handler_without_an_event_is_told_what_its_first_parameter_is(bus: Bus) -> None:
+    async def handle(orders: int) -> None: ...
+
+    refused(lambda: bus.on_batch(name="both")(handle), "OB302", "its first parameter is int; write `batch: Batch[A | B]`")
+
+
+def test_ordered_handlers_share_a_queue_and_each_other_has_its_own(bus: Bus) -> None:
+    async def paid(order: Paid) -> None: ...
+    async def placed(order: Placed) -> None: ...
+
+    bus.on(Paid, ordered=True)(paid)
+    bus.on(Placed, ordered=True)(placed)
+    bus.on(Placed, name="mail")(placed)
+
+    assert queue_needs(bus.handlers) == [
+        QueueNeed("payments.ordered", ("orders.placed", "payments.paid"), True),
+        QueueNeed("payments.mail", ("orders.placed",), False),
+    ]
+
+
+def test_a_handler_is_compared_with_all_before_it(bus: Bus) -> None:
+    async def first(order: Paid) -> None: ...
+    async def second(order: Placed) -> None: ...
+    async def third(order: Placed) -> None: ...
+
+    bus.on(Paid)(first)
+    bus.on(Placed)(second)
+
+    refused(lambda: bus.on(Placed)(third), "OB308", "third (", "second (", "already called 'orders.placed'")
+
+
+def test_an_ordered_and_an_unordered_handler_of_one_event_get_along_by_their_names(bus: Bus) -> None:
+    async def first(order: Placed) -> None: ...
+    async def second(order: Placed) -> None: ...
+
+    bus.on(Placed)(first)
+    bus.on(Placed, ordered=True, name="second")(second)
+
+    assert [handler.queue for handler in bus.handlers] == ["payments.orders.placed", "payments.ordered"]
+
+
+def test_a_handler_that_says_nothing_of_what_it_returns_returns_nothing(bus: Bus) -> None:
+    async def handle(event: Placed): ...
+    async def tidy(): ...
+
+    bus.on(Placed)(handle)
+
+    assert plan_of(bus).emits == ()
+    assert resolve_periodic(Periodic(tidy, 1, 1), Tx, {}) == Plan((), ())
+
+
+def test_a_type_without_a_name_is_printed_as_it_is_written(bus: Bus) -> None:
+    async def handle(order: Placed, limit: int | str) -> None: ...
+    async def returns(order: Placed) -> int: ...
+
+    refused(lambda: bus.on(Placed)(handle), "OB304", "parameter 'limit' is int | str, which nobody provides")
+    refused(lambda: bus.on(Placed)(returns), "OB307", "returns int; a handler returns None")
+
+
+def test_what_is_not_async_is_told_how_to_be_by_its_own_name(bus: Bus) -> None:
+    def charge(order: Placed) -> None: ...
+
+    refused(lambda: bus.on(Placed)(charge), "OB301", "write `async def charge(…)`")
+    refused(lambda: bus.on(Placed)(functools.partial(charge)), "OB301", "write `async def handle(…)`")
+
+
+def test_periodic_work_gets_what_its_types_ask_for() -> None:
+    async def tidy(mailer: Mailer, tx: Tx) -> Paid | None: ...
+
+    assert resolve_periodic(Periodic(tidy, 1, 1), Tx, {Mailer: Mailer()}) == Plan((Mailer, "tx"), (Paid,))
+
+
+@pytest.mark.parametrize(("every_s", "timeout_s"), [(0.01, 0.001), (86_400, 3_600)])
+def test_periodic_work_at_its_bounds_is_taken(every_s: float, timeout_s: float) -> None:
+    async def tidy() -> None: ...
+
+    assert resolve_periodic(Periodic(tidy, every_s, timeout_s), Tx, {}) == Plan((), ())
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, 3_600.5, float("nan"), "1"])
+def test_periodic_work_needs_a_time_limit_of_an_hour_at_most(timeout_s: Any) -> None:
+    async def tidy() -> None: ...
+
+    refused(lambda: resolve_periodic(Periodic(tidy, 1, timeout_s), Tx, {}), "OB311", "tidy (", "a timeout of at most 3,600")
