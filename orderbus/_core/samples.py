@@ -201,7 +201,8 @@ def _numbers(kind: inspect.IntType | inspect.FloatType) -> list[Any]:
 
 
 def _texts(kind: inspect.StrType, path: str) -> list[str]:
-    least, most = kind.min_length or 0, min(kind.max_length if kind.max_length is not None else 64, 4096)
+    least = kind.min_length or 0
+    most = max(least, min(kind.max_length if kind.max_length is not None else 64, 4096))
     if kind.min_length is None and kind.max_length is None:
         candidates = ["text"]
     else:

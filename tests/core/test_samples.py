@@ -14,6 +14,7 @@ import pytest
 from msgspec import Meta
 
 from orderbus import Event, UsageError
+from orderbus._core.event import EventMeta
 from orderbus._core.samples import Sample, difference, missing_fields, samples_of, unread_fields
 
 
@@ -128,10 +129,132 @@ def test_what_can_not_be_made_up_is_named() -> None:
             if self.n < 1000:
                 raise ValueError("n is small")
 
-    with pytest.raises(UsageError, match=r"Licensed\.plate: no text can be made up for the pattern"):
-        samples_of(Licensed)
-    with pytest.raises(UsageError, match="Choosy refuses what was made up for its fields: n is small"):
-        samples_of(Choosy)
+    for cls, said in (
+        (Licensed, r"Licensed\.plate: no text can be made up for the pattern"),
+        (Choosy, "Choosy refuses what was made up for its fields: n is small"),
+    ):
+        with pytest.raises(UsageError, match=said) as raised:
+            samples_of(cls)
+        assert raised.value.code == "OB620"
+
+
+class Complex:
+    pass
+
+
+class Node(msgspec.Struct):
+    left: Node | None = None
+
+
+class Leaf(msgspec.Struct):
+    pass
+
+
+def cases_of(hint: Any) -> list[Any]:
+    """What the samples of a class have in a field of this type, each once, in order."""
+    made = bodies(EventMeta("Made", (Event,), {"__annotations__": {"field": hint}, "__module__": __name__}, topic="samples.made"))
+    return list({msgspec.json.encode(body["field"]): body["field"] for body in made}.values())
+
+
+@pytest.mark.parametrize(
+    ("hint", "cases"),
+    [
+        (int, [7]),
+        (float, [7.5]),
+        (Annotated[int, Meta(gt=1)], [2]),
+        (Annotated[int, Meta(lt=1)], [0]),
+        (Annotated[int, Meta(gt=1, lt=5)], [2, 4]),
+        (Annotated[int, Meta(ge=1, le=1)], [1]),
+        (Annotated[int, Meta(ge=10, le=99, multiple_of=25)], [25, 75]),
+        (Annotated[int, Meta(multiple_of=4)], [4]),
+        (Annotated[float, Meta(gt=1, lt=5)], [1.5, 4.5]),
+        (Annotated[float, Meta(ge=1.0, le=2.0)], [1.0, 2.0]),
+        (Annotated[float, Meta(multiple_of=0.25)], [0.25]),
+    ],
+)
+def test_a_number_is_tried_at_each_of_its_bounds_or_is_a_plain_one(hint: Any, cases: list[Any]) -> None:
+    assert cases_of(hint) == cases
+
+
+@pytest.mark.parametrize(
+    ("hint", "lengths"),
+    [
+        (Annotated[str, Meta(max_length=3)], [1, 3]),
+        (Annotated[str, Meta(max_length=0)], [0]),
+        (Annotated[str, Meta(min_length=2)], [2, 64]),
+        (Annotated[str, Meta(min_length=0)], [1, 64]),
+        (Annotated[str, Meta(min_length=100)], [100]),
+        (Annotated[str, Meta(min_length=5_000)], [5_000]),
+        (Annotated[str, Meta(max_length=10_000)], [1, 4096]),
+        (Annotated[str, Meta(pattern="^A$", min_length=1, max_length=1)], [1]),
+        (Annotated[str, Meta(pattern="[a-z]")], [4]),
+        (Annotated[str, Meta(pattern="^$|[a-z]", max_length=0)], [0]),
+    ],
+)
+def test_a_text_is_tried_at_each_of_its_lengths(hint: Any, lengths: list[int]) -> None:
+    assert [len(text) for text in cases_of(hint)] == lengths
+
+
+@pytest.mark.parametrize(
+    ("hint", "cases"),
+    [
+        (bool, [True, False]),
+        (bool | None, [True, False, None]),
+        (None, [None]),
+        (bytes, ["Ynl0ZXM="]),
+        (datetime, ["2025-01-31T12:30:00Z"]),
+        (Annotated[datetime, Meta(tz=False)], ["2025-01-31T12:30:00"]),
+        (time, ["12:30:00Z"]),
+        (Annotated[time, Meta(tz=False)], ["12:30:00"]),
+        (dict[str, bool], [{"text": True}, {"text": False}, {}]),
+        (Annotated[dict[str, int], Meta(min_length=1)], [{"text": 7}]),
+        (list[bool], [[True, False], []]),
+        (Annotated[list[bool], Meta(max_length=1)], [[True], []]),
+        (Annotated[list[int], Meta(max_length=0)], [[]]),
+        (Annotated[list[int], Meta(min_length=3)], [[7, 7, 7]]),
+        (tuple[int, bool], [[7, True]]),
+        (list[Leaf], [[{}], []]),
+    ],
+)
+def test_a_field_is_tried_with_each_of_its_cases(hint: Any, cases: list[Any]) -> None:
+    assert cases_of(hint) == cases
+
+
+def test_a_class_without_fields_has_one_sample() -> None:
+    class Empty(Event, topic="samples.empty"):
+        pass
+
+    assert bodies(Empty) == [{}]
+
+
+def test_a_class_that_holds_itself_is_filled_in_four_structs_deep() -> None:
+    class Rooted(Event, topic="samples.rooted"):
+        tree: Tree
+
+    deep = bodies(Rooted)[0]["tree"]
+    names = 0
+    while deep["branches"]:
+        deep, names = deep["branches"][0], names + 1
+    assert names == 3
+    with pytest.raises(UsageError, match=r"^Made\.field\.left\.left\.left\.left: no sample of Struct can be made up \[OB620: "):
+        cases_of(Node)
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        list[Complex],
+        dict[str, Complex],
+        tuple[int, Complex],
+        Complex | None,
+        Complex,
+    ],
+)
+def test_what_can_not_be_made_up_is_named_wherever_it_stands(hint: Any) -> None:
+    with pytest.raises(UsageError, match=r"^Made\.field: no sample of Custom can be made up \[OB620: ") as raised:
+        cases_of(hint)
+
+    assert raised.value.code == "OB620"
 
 
 OLD = Sample(msgspec.Raw(b'{"order_id":7,"lines":[{"sku":"tea","pieces":2}],"method":"card"}'), key="7")
@@ -194,3 +317,36 @@ def test_the_fields_of_a_class_that_is_sent_as_an_array_are_its_places() -> None
     assert unread_fields(Placed, made[0]) == frozenset()
     assert missing_fields(Shorter, samples_of(Shorter)) == []
     assert unread_fields(Shorter, Sample(msgspec.Raw(b'["placed", 7, []]'))) == {"$[1]"}
+
+
+def test_a_class_that_has_lost_its_key_is_told_so() -> None:
+    class Keyless(Event, topic="samples.keyless"):
+        order_id: int
+
+    assert "its key is None now, by no field, and was '7'" in str(difference(Keyless, OLD))
+
+
+def test_a_field_is_missing_where_no_sample_has_it() -> None:
+    class Placed(Event, topic="samples.several", rename="camel"):
+        order_id: int
+        gift_note: str = ""
+        paid_at: str = ""
+
+    made = [Sample(msgspec.Raw(body)) for body in (b'{"orderId":7,"giftNote":"x"}', b'{"orderId":8}')]
+    assert missing_fields(Placed, made) == ["paidAt"]
+
+
+def test_what_is_unread_is_found_wherever_it_stands() -> None:
+    class Placed(Event, topic="samples.nested", array_like=True):
+        lines: list[SameLine]
+        by_sku: dict[str, SameLine]
+        pair: tuple[int, SameLine]
+
+    line = '{"sku":"a","pieces":1,"extra":2}'
+    body = f'[[{line}],{{"a":{line},"b":{{"sku":"b","pieces":1}}}},[1,{line}],3]'.encode()
+    assert unread_fields(Placed, Sample(msgspec.Raw(body))) == {
+        "$.lines[0].extra",
+        "$.by_sku.a.extra",
+        "$.pair[1].extra",
+        "$[3]",
+    }
