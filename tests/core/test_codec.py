@@ -97,8 +97,9 @@ def test_a_body_at_its_limit_is_written_and_read_and_one_byte_more_is_not() -> N
 
     assert encode(event, limit_bytes=len(body)) == body
     assert BodyDecoder(Line2, limit_bytes=len(body)).decode(body, JSON) == event
-    with pytest.raises(UsageError, match=r"ORDERBUS_MAX_BODY_BYTES\); send a reference"):
+    with pytest.raises(UsageError, match=r"ORDERBUS_MAX_BODY_BYTES\); send a reference") as raised:
         encode(event, limit_bytes=len(body) - 1)
+    assert raised.value.code == "OB210"
     with pytest.raises(MessageError, match="the limit is"):
         BodyDecoder(Line2, limit_bytes=len(body) - 1).decode(body, JSON)
 
@@ -125,15 +126,43 @@ class Ambiguous(Event, topic="ambiguous"):
 
 def test_a_value_that_has_no_encoding_is_the_programmers_error() -> None:
     for form in ("json", "msgpack"):
-        with pytest.raises(UsageError, match=rf"event WithCustom \(.*test_codec\.py:\d+\) can't be encoded as {form}"):
+        with pytest.raises(UsageError, match=rf"event WithCustom \(.*test_codec\.py:\d+\) can't be encoded as {form}") as raised:
             encode(WithCustom(custom=Custom()), form, limit_bytes=LIMIT)
+        assert raised.value.code == "OB209"
 
 
 def test_fields_that_no_decoder_can_tell_apart_are_the_programmers_error() -> None:
     with pytest.raises(
         UsageError, match=r"event class Ambiguous \(.*test_codec\.py:\d+\): its fields can't be read from a message"
-    ):
+    ) as raised:
         BodyDecoder(Ambiguous, limit_bytes=LIMIT)
+    assert raised.value.code == "OB208"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "reason", "said"),
+    [
+        (b"{", JSON, "undecodable", f"the body can't be read as {JSON}: "),
+        (b"{", None, "undecodable", f"the body can't be read as {JSON}: "),
+        (b"\xc1", MSGPACK, "undecodable", f"the body can't be read as {MSGPACK}: "),
+        (b'{"other":' + b"[" * 100_000, JSON, "undecodable", "the body is nested too deeply"),
+        (b'{"size":"x"}', JSON, "wrong-type", "the body is not a Picky: Expected `int`, got `str` - at `$.size`"),
+        (b'{"size":9}', JSON, "wrong-type", "Picky refuses the body: IndexError: list index out of range"),
+        (b"{}", "text/plain", "unknown-content-type", f"content type 'text/plain' is neither {JSON} nor {MSGPACK}"),
+        (b"{}", "x" * 81, "unknown-content-type", f"content type {'x' * 80!r} is neither"),
+    ],
+)
+def test_a_body_that_can_not_be_read_says_why(body: bytes, content_type: str | None, reason: str, said: str) -> None:
+    with pytest.raises(MessageError) as raised:
+        BodyDecoder(Picky, limit_bytes=LIMIT).decode(body, content_type)
+
+    assert raised.value.reason == reason
+    assert str(raised.value).startswith(said)
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8; x=y", "Application/JSON", " application/json ;"])
+def test_json_is_known_by_its_name_whatever_stands_beside_it(content_type: str) -> None:
+    assert BodyDecoder(Line2, limit_bytes=LIMIT).decode(b'{"sku":"tea"}', content_type) == Line2(sku="tea")
 
 
 @given(st.binary())
@@ -151,6 +180,13 @@ def test_an_id_is_a_uuid_of_version_7_that_knows_its_time(time_ms: int, random80
 
     assert (made.version, made.variant) == (7, "specified in RFC 4122")
     assert uuid7_time_ms(made) == time_ms
+
+
+def test_the_randomness_of_an_id_is_all_in_it_beside_version_and_variant() -> None:
+    assert str(uuid7(0, 0)) == "00000000-0000-7000-8000-000000000000"
+    assert str(uuid7(0, (1 << 74) - 1)) == "00000000-0000-7fff-bfff-ffffffffffff"
+    assert str(uuid7(0, 1 << 62)) == "00000000-0000-7001-8000-000000000000"
+    assert str(uuid7(0, 1 << 61)) == "00000000-0000-7000-a000-000000000000"
 
 
 @given(st.uuids(version=4))

@@ -53,12 +53,35 @@ def incoming(body: bytes = b"{}", headers: Any = None, **properties: Any) -> Inc
 
 @given(st.binary(max_size=50), st.dictionaries(text, values, max_size=5), st.none() | text, st.none() | st.integers(0, 1 << 40))
 def test_every_letter_comes_back_as_it_was(body: bytes, headers: Any, message_id: str | None, timestamp_s: int | None) -> None:
-    before = incoming(body, headers, message_id=message_id, type="t", timestamp_s=timestamp_s)
+    before = incoming(body, headers, message_id=message_id, type="t", content_type="c", timestamp_s=timestamp_s)
     line = write_record(before)
     after = read_record(line)
     assert line.count(b"\n") == 1
     assert (after.properties, after.body, after.raw, after.queue) == (before.properties, body, b"\x00raw", before.queue)
+    assert (after.exchange, after.routing_key) == (before.exchange, before.routing_key)
     assert fingerprint(after) == fingerprint(before)
+
+
+def test_letters_are_the_same_by_their_events_id_and_their_body() -> None:
+    one = fingerprint(incoming(b"a", message_id="m"))
+    assert one == fingerprint(incoming(b"a", {"mine": 1}, message_id="m"))
+    assert one != fingerprint(incoming(b"b", message_id="m"))
+    assert one != fingerprint(incoming(b"a", message_id="n"))
+    assert len(one[1]) == 16
+
+
+def test_a_letter_whose_properties_can_not_be_read_is_the_same_by_its_body_alone() -> None:
+    def decode(raw: bytes) -> Properties:
+        raise MessageError("malformed-properties", "bad")
+
+    bad = Incoming(queue="q.dlq", exchange="", routing_key="q.dlq", body=b"a", tag=1, epoch=1, raw=b"\xff", decode=decode)
+    assert fingerprint(bad) == fingerprint(incoming(b"a"))
+
+
+def test_an_edited_id_is_the_same_in_every_version() -> None:
+    assert (
+        str(edited_id(UUID("0199f3c2-7b1e-7cc3-98c4-dc0c0c07398f"), "shop.orders.dlq")) == "0199f3c2-7b1e-7e99-838c-673bd7d4e413"
+    )
 
 
 def test_numbers_that_json_does_not_have() -> None:
@@ -77,21 +100,22 @@ def test_properties_that_can_not_be_read_are_kept_raw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "code", "says"),
     [
-        (b"{", "is no dead letter"),
-        (b"[]", "is no dead letter"),
-        (b"\xff", "is no dead letter"),
-        (b"[" * 100_000, "is no dead letter"),
-        (write_record(incoming()).replace(b"shop.orders.dlq", b"shop.orders"), "which is not a dead letter queue"),
-        (write_record(incoming()).replace(b"letter-1", b"letter-9"), "is of kind 'orderbus-dead-letter-9'"),
-        (write_record(incoming(headers={"a": b"x"})).replace(b'"base64"', b'"base65"'), r"a header is \['base65'\]"),
-        (write_record(incoming(headers={"a": b"x"})).replace(b'"eA=="', b'"%%%"'), "is no dead letter"),
+        (b"{", "OB709", "is no dead letter"),
+        (b"[]", "OB709", "is no dead letter"),
+        (b"\xff", "OB709", "is no dead letter"),
+        (b"[" * 100_000, "OB709", "is no dead letter"),
+        (write_record(incoming()).replace(b"shop.orders.dlq", b"shop.orders"), "OB701", "which is not a dead letter queue"),
+        (write_record(incoming()).replace(b"letter-1", b"letter-9"), "OB709", "is of kind 'orderbus-dead-letter-9'"),
+        (write_record(incoming(headers={"a": b"x"})).replace(b'"base64"', b'"base65"'), "OB709", r"a header is \['base65'\]"),
+        (write_record(incoming(headers={"a": b"x"})).replace(b'"eA=="', b'"%%%"'), "OB709", "is no dead letter"),
     ],
 )
-def test_what_is_no_letter_is_refused(line: bytes, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_what_is_no_letter_is_refused(line: bytes, code: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as raised:
         read_record(line.strip())
+    assert raised.value.code == code
 
 
 def test_what_only_the_broker_said_is_kept_as_ours() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orderbus._core.ids import uuid7
-from orderbus._core.leaving import ERROR, HANDLER, PARKED_AT, QUEUE, REASON
-from orderbus._core.message import ATTEMPT, Incoming, Properties
+from orderbus._core.leaving import ERROR, ERROR_TEXT, HANDLER, PARKED_AT, QUEUE, RAW_PROPERTIES, REASON
+from orderbus._core.message import ATTEMPT, FIRST_FAILED_AT, KEY, Incoming, Properties
 from orderbus._core.parked import Parked, Wanted, is_dead_letter_queue, read_parked, refusal
 from orderbus.errors import MessageError
 
@@ -44,6 +44,56 @@ def test_no_header_of_a_stranger_stops_a_listing(headers: dict[str, Any], queue:
     Wanted(reasons=("x",), since_s=0.0).matches(found)
 
 
+def test_a_letter_says_all_that_its_headers_said() -> None:
+    headers = {
+        REASON: "broken",
+        ERROR: "ValueError",
+        ERROR_TEXT: "no",
+        HANDLER: "g.h",
+        PARKED_AT: 20,
+        ATTEMPT: 3,
+        FIRST_FAILED_AT: 10.5,
+        KEY: "k",
+        RAW_PROPERTIES: b"raw",
+        "mine": 1,
+    }
+    properties = Properties(message_id=ID, type="a.b", content_type="application/json", headers=headers)
+    found = read_parked(
+        Incoming(queue="g.h.dlq", exchange="", routing_key="r", body=b"body", tag=1, epoch=1, properties=properties)
+    )
+    assert found == Parked(
+        queue="g.h.dlq",
+        origin="g.h",
+        reason="broken",
+        body=b"body",
+        event_id=ID,
+        topic="a.b",
+        key="k",
+        handler="g.h",
+        error="ValueError",
+        error_text="no",
+        attempts=3,
+        first_failed_at_s=10.5,
+        parked_at_s=20.0,
+        content_type="application/json",
+        headers={"mine": 1},
+        raw_properties=b"raw",
+    )
+
+
+def test_what_is_said_in_a_wrong_type_is_not_said() -> None:
+    said = {ERROR: 1, ERROR_TEXT: b"no", HANDLER: [], KEY: 7, PARKED_AT: True, FIRST_FAILED_AT: "10", RAW_PROPERTIES: "raw"}
+    for attempts in (True, "3", 3.0):
+        found = read_parked(delivery({**said, ATTEMPT: attempts, QUEUE: 5, REASON: 6}, queue="ob.lost", routing_key="r"))
+        assert (found.origin, found.reason, found.attempts, found.parked_at_s) == ("r", "lost", None, None)
+        assert (found.error, found.error_text, found.handler, found.key) == (None, None, None, None)
+        assert (found.first_failed_at_s, found.raw_properties) == (None, None)
+
+
+def test_a_letter_in_the_lost_queue_comes_from_where_its_header_says() -> None:
+    assert read_parked(delivery({QUEUE: "g.h"}, queue="ob.lost", routing_key="r")).origin == "g.h"
+
+
 def test_unreadable_properties_are_a_letter_with_its_raw_bytes() -> None:
     def fail(raw: bytes) -> Properties:
         raise MessageError("malformed-properties", "no")
@@ -51,6 +101,7 @@ def test_unreadable_properties_are_a_letter_with_its_raw_bytes() -> None:
     raw = Incoming(queue="g.h.dlq", exchange="", routing_key="", body=b"b", tag=1, epoch=1, raw=b"\xff", decode=fail)
     found = read_parked(raw)
     assert (found.reason, found.raw_properties, found.body, found.event_id) == ("malformed-properties", b"\xff", b"b", None)
+    assert (found.queue, found.origin, found.error_text) == ("g.h.dlq", "g.h", "no")
     assert (refusal(found, now_s=0) or "").startswith("its properties could not be read")
 
 
@@ -70,6 +121,7 @@ def test_where_it_came_from_and_why(headers: dict[str, Any], queue: str, origin:
 
 def test_the_broker_knows_when_it_buried_a_message() -> None:
     assert read_parked(delivery({"x-death": [{"reason": "delivery_limit", "time": 7}]})).parked_at_s == 7.0
+    assert read_parked(delivery({"x-death": [{"time": 7}], PARKED_AT: 8})).parked_at_s == 8.0
 
 
 @pytest.mark.parametrize(
@@ -78,17 +130,27 @@ def test_the_broker_knows_when_it_buried_a_message() -> None:
         (Wanted(), True),
         (Wanted(reasons=("other", "bro*")), True),
         (Wanted(reasons=("bro",)), False),
-        (Wanted(reasons=("broken",), errors=("ValueError",)), False),
+        (Wanted(reasons=("broken",), errors=("KeyError",)), False),
         (Wanted(ids=(ID.upper(),)), True),
         (Wanted(ids=(ID.replace("-", ""),)), True),
         (Wanted(ids=("not-an-id",)), False),
         (Wanted(since_s=5.0, before_s=11.0), True),
+        (Wanted(errors=("Value*",), handlers=("g.?",), keys=("k",)), True),
+        (Wanted(handlers=("g.h.i",)), False),
+        (Wanted(keys=("K",)), False),
+        (Wanted(since_s=10.0), True),
+        (Wanted(before_s=10.0), False),
         (Wanted(since_s=10.0, before_s=10.0), False),
         (Wanted(since_s=10.5), False),
     ],
 )
 def test_the_wanted_match_one_of_each_list(wanted: Wanted, matches: bool) -> None:
-    assert wanted.matches(letter(parked_at_s=10.0)) is matches
+    assert wanted.matches(letter(parked_at_s=10.0, error="ValueError", handler="g.h", key="k")) is matches
+
+
+def test_a_letter_that_does_not_say_what_is_asked_for_is_not_wanted() -> None:
+    for wanted in (Wanted(errors=("*",)), Wanted(handlers=("*",)), Wanted(keys=("*",)), Wanted(ids=(ID,))):
+        assert not wanted.matches(letter(event_id=None))
 
 
 def test_a_letter_without_a_time_is_neither_before_nor_since() -> None:
