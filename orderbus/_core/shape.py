@@ -55,7 +55,7 @@ def _search(hint: Any, seen: set[Any], bound: frozenset[Any]) -> str | None:
 
 def _search_fields(record: type, seen: set[Any], bound: frozenset[Any]) -> tuple[str, str] | None:
     for name, hint in typing.get_type_hints(record, include_extras=True).items():
-        if get_origin(hint) is ClassVar or hint is ClassVar or (name.startswith("__") and name.endswith("__")):
+        if get_origin(hint) is ClassVar or hint is ClassVar:
             continue
         if (found := _search(hint, seen, bound)) is not None:
             return name, found

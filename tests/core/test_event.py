@@ -64,8 +64,10 @@ class LooseAttrs:
     parts: list
 
 
-class LooseTail(msgspec.Struct):
-    parts__: Any
+class LooseSpecial(msgspec.Struct):
+    """To msgspec a field like any other."""
+
+    __parts__: Any
 
 
 class TitledBox(msgspec.Struct, Generic[T]):
@@ -237,7 +239,7 @@ def test_what_is_no_event_class_is_refused(other: Any) -> None:
         (LooseDict, "object in LooseDict.parts"),
         (LooseTuple, "Any in LooseTuple.parts"),
         (LooseAttrs, "bare list in LooseAttrs.parts"),
-        (LooseTail, "Any in LooseTail.parts__"),
+        (LooseSpecial, "Any in LooseSpecial.__parts__"),
         (LooseAlias, "bare dict"),
         ("dict[str, Any]", "Any"),
     ],
