@@ -105,6 +105,14 @@ def test_unreadable_properties_are_a_letter_with_its_raw_bytes() -> None:
     assert (refusal(found, now_s=0) or "").startswith("its properties could not be read")
 
 
+def test_unreadable_properties_in_the_lost_queue_leave_the_routing_key_to_say_where_from() -> None:
+    def fail(raw: bytes) -> Properties:
+        raise MessageError("malformed-properties", "no")
+
+    lost = Incoming(queue="ob.lost", exchange="", routing_key="g.h", body=b"b", tag=1, epoch=1, raw=b"\xff", decode=fail)
+    assert read_parked(lost).origin == "g.h"
+
+
 @pytest.mark.parametrize(
     ("headers", "queue", "origin", "reason"),
     [

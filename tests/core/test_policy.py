@@ -51,6 +51,12 @@ def test_every_failure_is_retried_with_growing_bounded_delays_and_then_parked(po
         assert isinstance(decision, Parked)
 
 
+def test_each_attempt_is_followed_by_its_own_delay() -> None:
+    policy = Retry.exponential(first=1, limit=60, attempts=4, factor=3)
+
+    assert [decide(policy, ValueError(), attempt) for attempt in (1, 2, 3)] == [Again(1), Again(3), Again(9)]
+
+
 @given(policies, attempts, st.text())
 def test_park_wins_over_every_policy(policy: Retry, attempt: int, reason: str) -> None:
     assert decide(policy.never(Park), Park(reason), attempt) == Parked(reason)

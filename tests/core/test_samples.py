@@ -142,6 +142,16 @@ class Complex:
     pass
 
 
+@dataclass
+class WithComplex:
+    inner: Complex
+
+
+@dataclass
+class Folder:
+    folders: dict[str, Folder]
+
+
 class Node(msgspec.Struct):
     left: Node | None = None
 
@@ -213,6 +223,7 @@ def test_a_text_is_tried_at_each_of_its_lengths(hint: Any, lengths: list[int]) -
         (Annotated[list[int], Meta(max_length=0)], [[]]),
         (Annotated[list[int], Meta(min_length=3)], [[7, 7, 7]]),
         (tuple[int, bool], [[7, True]]),
+        (tuple[int, Leaf], [[7, {}]]),
         (list[Leaf], [[{}], []]),
     ],
 )
@@ -245,6 +256,7 @@ def test_a_class_that_holds_itself_is_filled_in_four_structs_deep() -> None:
     [
         list[Complex],
         dict[str, Complex],
+        dict[Complex, int],
         tuple[int, Complex],
         Complex | None,
         Complex,
@@ -255,6 +267,17 @@ def test_what_can_not_be_made_up_is_named_wherever_it_stands(hint: Any) -> None:
         cases_of(hint)
 
     assert raised.value.code == "OB620"
+
+
+def test_what_can_not_be_made_up_in_a_dataclass_is_named_with_its_field() -> None:
+    with pytest.raises(UsageError, match=r"^Made\.field\.inner: no sample of Custom can be made up"):
+        cases_of(WithComplex)
+
+
+def test_a_dataclass_that_holds_itself_in_a_dict_is_filled_in_as_deep_and_ends_with_an_empty_dict() -> None:
+    innermost: dict[str, Any] = {"folders": {}}
+    third = {"folders": {"text": innermost}}
+    assert cases_of(Folder) == [{"folders": {"text": {"folders": {"text": third}}}}]
 
 
 OLD = Sample(msgspec.Raw(b'{"order_id":7,"lines":[{"sku":"tea","pieces":2}],"method":"card"}'), key="7")
