@@ -2,7 +2,7 @@
 
 Prints how many of each file's mutants were killed, and fails where they are fewer than THRESHOLD of all. The survivors are listed
 by `mutmut results`, and shown by `mutmut show NAME`. mutmut keeps its copy of the project in mutants/, but each run tries all
-mutants of its files again: some five in a second.
+mutants of its files again: about ten in a second.
 
 Left as they are: what a decorator wraps (properties, cached functions) and `__new__`, which mutmut never changes, and the line that
 counts stack frames, since a function that mutmut changes is called through two frames of its own (pyproject.toml).
