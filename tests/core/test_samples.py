@@ -355,8 +355,8 @@ def test_a_field_is_missing_where_no_sample_has_it() -> None:
         gift_note: str = ""
         paid_at: str = ""
 
-    made = [Sample(msgspec.Raw(body)) for body in (b'{"orderId":7,"giftNote":"x"}', b'{"orderId":8}')]
-    assert missing_fields(Placed, made) == ["paidAt"]
+    made = [Sample(msgspec.Raw(body)) for body in (b'{"orderId":7,"paidAt":"x"}', b'{"orderId":8}')]
+    assert missing_fields(Placed, made) == ["giftNote"]
 
 
 def test_what_is_unread_is_found_wherever_it_stands() -> None:
