@@ -53,7 +53,7 @@ class Settings:
     """Database connections of one bus."""
     relay: bool | None = None
     """Whether this process also relays the outbox; yes unless set. Several relays share the buckets among themselves."""
-    relay_batch: Annotated[int, Meta(ge=1, le=5000)] = 500
+    relay_batch: Annotated[int, Meta(ge=1, le=5000)] = 1000
     """Rows that the relay reads, publishes and deletes at a time."""
     relay_lease_s: Annotated[float, Meta(ge=1, le=300)] = 3.0
     """How long a relay owns its buckets without renewing, in seconds."""

@@ -28,7 +28,8 @@ queue has a new leader (RabbitMQ 3.10: rabbit_fifo_client asks the dead node bef
 MAX_UNANSWERED = 100_000
 """More open publishes than this, and the connection is given up: a broker that never answers must not fill the memory."""
 
-_WRITE_BYTES = 256 * 1024
+_WRITE_BYTES, _WRITE_MESSAGES = 256 * 1024, 64
+"""What is written at once, whichever is reached first: the broker begins with the first messages while the last are still being encoded."""
 _NO_EXCHANGE = re.compile(r"NOT_FOUND - no exchange '(.*)' in vhost")
 
 log = logging.getLogger("orderbus.rabbitmq")
@@ -105,7 +106,7 @@ class Publisher:
             frames.append(frame)
             sequence += 1
             size += len(frame)
-            if size >= _WRITE_BYTES:
+            if size >= _WRITE_BYTES or len(frames) >= _WRITE_MESSAGES:
                 if not await self._write(frames, sent):
                     return
                 frames, size = [], 0
