@@ -269,7 +269,7 @@ class Bus:
         return (await self.publish_many([event]))[0]
 
     async def publish_many(self, events: Sequence[Event]) -> list[UUID]:
-        """Send many events with one write and wait for all confirms; their ids, in order. As `publish` in everything else.
+        """Send many events together and wait for all confirms; their ids, in order. As `publish` in everything else.
 
         It holds all of them in memory: a few hundred at a time are as fast as thousands. Raises UnavailableError that says how
         many were not confirmed, and why the first was not; the others have been sent.
