@@ -32,7 +32,7 @@ class Asking:
         if self._channel is None:
             self._channel = await self._connection.open_plain_channel()
         try:
-            return await self._connection.call(call(self._channel), "asking for the topology", on_giving_up=ignore)
+            return await self._connection.call(call(self._channel), "asking the broker", on_giving_up=ignore)
         except ChannelClosed as failure:
             self._channel = None
             said = " ".join(str(argument) for argument in failure.args)
