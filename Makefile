@@ -12,6 +12,7 @@ SEED ?=
 BYTES ?= 10000000
 ONLY ?=
 ROUNDS ?= 1
+JOBS ?= 1
 
 .DEFAULT_GOAL := help
 
@@ -102,8 +103,8 @@ fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: faults
-faults: setup ## Break everything, and count: ONLY=part,of,names SEED= ROUNDS=1
-	$(BIN)/python -m tests.faults --rounds $(ROUNDS) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+faults: setup ## Break everything, and count: ONLY=part,of,names SEED= ROUNDS=1 JOBS=1
+	$(BIN)/python -m tests.faults --rounds $(ROUNDS) --jobs $(JOBS) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: compose-test
 compose-test: setup ## The compose stack, really run on a local Docker engine

@@ -8,17 +8,19 @@ session fails instead.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
 START_S = 60.0
+SERVER_PORTS = (20_000, 32_768)
 ERLANG_BINARIES = ("/usr/lib/rabbitmq/bin", "/usr/sbin")
 
 
@@ -68,10 +70,12 @@ class Rabbit:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Where a server may listen, now and after a restart: below those that outgoing connections are given, which could take it meanwhile."""
+    while True:
+        port = random.randrange(*SERVER_PORTS)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def listens(url: str) -> bool:

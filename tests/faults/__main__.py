@@ -1,42 +1,41 @@
-"""`make faults [ONLY=part,of,names] [SEED=n] [ROUNDS=n]`: break everything, count, print a table, write build/faults.json."""
+"""`make faults [ONLY=part,of,names] [SEED=n] [ROUNDS=n] [JOBS=n]`: break everything, count, print a table, write build/faults.json."""
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import msgspec
 
-from tests.faults.scenario import BUILD, RATE, Result, Scenario, all_scenarios, run
-from tests.faults.servers import Servers
+from tests.faults.jobs import results_of
+from tests.faults.scenario import BUILD, RATE, Result, Scenario, all_scenarios
 
 COLUMNS = ("sent", "lost", "doubled", "ghosts", "disordered", "innocents_parked", "recovery_s", "seconds")
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers and processes end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs end with it
     arguments = _arguments()
     chosen = choose(all_scenarios(), arguments.only)
     if arguments.list:
         print(*(f"{one.group}/{one.name}" for one in chosen), sep="\n")
         return 0
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1_000_000)
-    print(f"{len(chosen)} scenarios, SEED={seed} ROUNDS={arguments.rounds}", flush=True)
+    print(f"{len(chosen)} scenarios, SEED={seed} ROUNDS={arguments.rounds} JOBS={arguments.jobs}", flush=True)
+    shutil.rmtree(BUILD, ignore_errors=True)
     results: list[Result] = []
-    with ExitStack() as stack:
-        servers = Servers(stack)
-        try:
-            for turn in range(arguments.rounds):
-                for one in chosen:
-                    results.append(run(one, servers, seed + turn, rate=arguments.rate))
-                    print(line(results[-1]), flush=True)
-        finally:
-            BUILD.mkdir(parents=True, exist_ok=True)
-            (BUILD.parent / "faults.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    try:
+        tasks = [(one.name, seed + turn) for turn in range(arguments.rounds) for one in chosen]
+        for result in results_of(tasks, arguments.jobs, arguments.rate):
+            results.append(result)
+            print(line(result), flush=True)
+    finally:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        (BUILD.parent / "faults.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
     failed = [result for result in results if not result.passed]
     print("\n" + table(results))
     for result in failed:
@@ -82,10 +81,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names, and end")
     parser.add_argument("--seed", type=int, help="the first round's; each further round's is one more")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time, each on servers of its own")
     parser.add_argument("--rate", type=float, default=RATE, help="events a second")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or arguments.rate <= 0:
-        parser.error("--rounds and --rate must be more than 0")
+    if min(arguments.rounds, arguments.jobs) < 1 or arguments.rate <= 0:
+        parser.error("--rounds, --jobs and --rate must be more than 0")
     return arguments
 
 
