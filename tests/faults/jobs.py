@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from multiprocessing.queues import Queue
 from queue import Empty
 
@@ -24,7 +25,7 @@ def results_of(tasks: Sequence[Task], jobs: int, rate: float) -> Iterator[Result
     context = multiprocessing.get_context("spawn")
     left: Queue[Task | None] = context.Queue()
     done: Queue[Result] = context.Queue()
-    for task in [*tasks, *[None] * jobs]:
+    for task in [*spread(tasks, jobs), *[None] * jobs]:
         left.put(task)
     processes = [context.Process(target=_job, args=(left, done, rate)) for _ in range(jobs)]
     for process in processes:
@@ -40,6 +41,12 @@ def results_of(tasks: Sequence[Task], jobs: int, rate: float) -> Iterator[Result
             process.terminate()
         for process in processes:
             process.join()
+
+
+def spread(tasks: Sequence[Task], jobs: int) -> list[Task]:
+    """An order in which those that run beside each other are far apart: neighbours are alike, and two clusters at once too much."""
+    parts = [tasks[len(tasks) * n // jobs : len(tasks) * (n + 1) // jobs] for n in range(jobs)]
+    return [task for row in zip_longest(*parts) for task in row if task is not None]
 
 
 def _next(done: Queue[Result]) -> Result | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.__main__ import choose
+from tests.faults.jobs import spread
 from tests.faults.scenario import all_scenarios, run
 from tests.faults.servers import Servers
 from tests.faults.world import ROOT
@@ -46,3 +47,8 @@ def test_every_scenario_that_a_page_names_is_there(page: Path) -> None:
 def test_a_word_that_chooses_nothing_is_named() -> None:
     with pytest.raises(SystemExit, match="no scenario has 'rely' in its name; there are: "):
         choose(SCENARIOS, ["relay", "rely"])
+
+
+@pytest.mark.parametrize(("jobs", "order"), [(1, "abcde"), (2, "acbde"), (3, "abdce"), (9, "abcde")])
+def test_jobs_begin_at_different_places_and_leave_nothing_out(jobs: int, order: str) -> None:
+    assert [name for name, _ in spread([(name, 1) for name in "abcde"], jobs)] == list(order)
