@@ -20,6 +20,11 @@ PEERS = {
     ),
     "orderbus-asyncio": Peer("orderbus_asyncio", ("orderbus",), "orderbus on asyncio's own loop"),
     "orderbus-trio": Peer("orderbus_trio", ("orderbus", "trio"), "orderbus on trio"),
+    "orderbus-context": Peer(
+        "orderbus_context",
+        ("orderbus", "opentelemetry-api"),
+        "orderbus without an SDK, a trace context in each message, none sampled",
+    ),
     "orderbus-traced-1": Peer(
         "orderbus_traced_1", ("orderbus", "opentelemetry-sdk"), "orderbus with OpenTelemetry's SDK, 1 % of the messages traced"
     ),
