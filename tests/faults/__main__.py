@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tests.faults.jobs import results_of
+from tests.faults.jobs import results_of, spread
 from tests.faults.scenario import BUILD, RATE, Result, Scenario, all_scenarios
 
 COLUMNS = ("sent", "lost", "doubled", "ghosts", "disordered", "innocents_parked", "recovery_s", "seconds")
@@ -29,7 +29,8 @@ def main() -> int:
     shutil.rmtree(BUILD, ignore_errors=True)
     results: list[Result] = []
     try:
-        tasks = [(one.name, seed + turn) for turn in range(arguments.rounds) for one in chosen]
+        names = spread([one.name for one in chosen], arguments.jobs)
+        tasks = [(name, seed + turn) for turn in range(arguments.rounds) for name in names]
         for result in results_of(tasks, arguments.jobs, arguments.rate):
             results.append(result)
             print(line(result), flush=True)

@@ -25,7 +25,7 @@ def results_of(tasks: Sequence[Task], jobs: int, rate: float) -> Iterator[Result
     context = multiprocessing.get_context("spawn")
     left: Queue[Task | None] = context.Queue()
     done: Queue[Result] = context.Queue()
-    for task in [*spread(tasks, jobs), *[None] * jobs]:
+    for task in [*tasks, *[None] * jobs]:
         left.put(task)
     processes = [context.Process(target=_job, args=(left, done, rate)) for _ in range(jobs)]
     for process in processes:
@@ -43,10 +43,10 @@ def results_of(tasks: Sequence[Task], jobs: int, rate: float) -> Iterator[Result
             process.join()
 
 
-def spread(tasks: Sequence[Task], jobs: int) -> list[Task]:
+def spread(names: Sequence[str], jobs: int) -> list[str]:
     """An order in which those that run beside each other are far apart: neighbours are alike, and two clusters at once too much."""
-    parts = [tasks[len(tasks) * n // jobs : len(tasks) * (n + 1) // jobs] for n in range(jobs)]
-    return [task for row in zip_longest(*parts) for task in row if task is not None]
+    parts = [names[len(names) * n // jobs : len(names) * (n + 1) // jobs] for n in range(jobs)]
+    return [name for row in zip_longest(*parts) for name in row if name is not None]
 
 
 def _next(done: Queue[Result]) -> Result | None:
