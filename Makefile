@@ -103,8 +103,9 @@ fuzz: setup ## Damaged AMQP into our decoder: BYTES=10000000 SEED=
 	$(BIN)/python -m tests.rabbitmq.fuzz --bytes $(BYTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: faults
-faults: setup ## Break everything, and count: ONLY=part,of,names SEED= ROUNDS=1 JOBS=1
-	$(BIN)/python -m tests.faults --rounds $(ROUNDS) --jobs $(JOBS) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+faults: RATE = 600
+faults: setup ## Break everything, and count: ONLY=part,of,names SEED= ROUNDS=1 JOBS=1 RATE=600
+	$(BIN)/python -m tests.faults --rounds $(ROUNDS) --jobs $(JOBS) --rate $(RATE) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: compose-test
 compose-test: setup ## The compose stack, really run on a local Docker engine

@@ -1,4 +1,4 @@
-"""`make faults [ONLY=part,of,names] [SEED=n] [ROUNDS=n] [JOBS=n]`: break everything, count, print a table, write build/faults.json."""
+"""`make faults [ONLY=part,of,names] [SEED=n] [ROUNDS=n] [JOBS=n] [RATE=n]`: break everything, count, print a table, write build/faults.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def main() -> int:
         print(*(f"{one.group}/{one.name}" for one in chosen), sep="\n")
         return 0
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1_000_000)
-    print(f"{len(chosen)} scenarios, SEED={seed} ROUNDS={arguments.rounds} JOBS={arguments.jobs}", flush=True)
+    print(
+        f"{len(chosen)} scenarios, SEED={seed} ROUNDS={arguments.rounds} JOBS={arguments.jobs} RATE={arguments.rate:g}",
+        flush=True,
+    )
     shutil.rmtree(BUILD, ignore_errors=True)
     results: list[Result] = []
     try:

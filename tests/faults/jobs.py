@@ -57,7 +57,11 @@ def _next(done: Queue[Result]) -> Result | None:
 
 
 def _job(left: Queue[Task | None], done: Queue[Result], rate: float) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers and processes end with it
+    def end(*_: object) -> None:
+        done.cancel_join_thread()  # nobody reads any longer
+        sys.exit(143)  # so that the servers and processes end with it
+
+    signal.signal(signal.SIGTERM, end)
     with ExitStack() as stack:
         servers, scenarios = Servers(stack), all_scenarios()
         while (task := left.get()) is not None:
