@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from orderbus._core.outbox import plan_lease
 from orderbus.abc import OutboxRow, Stuck
 from orderbus.adapters.postgres import PostgresStore, open_store
 from orderbus.adapters.postgres.outbox import promote_orphans
@@ -16,6 +18,7 @@ from tests.postgres.conftest import ALL, Sql, emit, event_id, row
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
 PLENTY = 1 << 30
+OURS = "database = (select oid from pg_database where datname = current_database())"
 
 
 async def read(store: PostgresStore, limit: int = 1000, limit_bytes: int = PLENTY) -> list[int]:
@@ -135,6 +138,23 @@ async def test_relays_that_lease_at_the_same_time_never_share_a_bucket(store: Po
         held[owner] = await store.outbox.lease(owner, 60, None)
 
     assert sorted(len(buckets) for buckets in held.values()) == [16, 16, 16, 16]
+
+
+async def test_a_relay_that_is_frozen_while_it_plans_holds_no_lock_and_gets_nothing_that_others_took_meanwhile(
+    store: PostgresStore, query: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks: list[int] = []
+
+    def frozen(*given: Any, **options: Any) -> frozenset[int]:
+        locks.append(query(f"select count(*) from pg_locks where locktype = 'advisory' and {OURS}")[0][0])
+        query("insert into orderbus.lease (owner, until, bucket) values ('other', now() + interval '60 s', 7)")
+        query("insert into orderbus.lease (owner, until, bucket) values ('dead', now() - interval '1 s', 8)")
+        return plan_lease(*given, **options)
+
+    monkeypatch.setattr("orderbus.adapters.postgres.outbox.plan_lease", frozen)
+
+    assert await store.outbox.lease("slow", 60, None) == frozenset(ALL) - {7}
+    assert locks == [0]
 
 
 async def test_two_relays_move_each_scheduled_row_once(store: PostgresStore) -> None:

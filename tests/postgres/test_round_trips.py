@@ -279,7 +279,7 @@ async def test_a_page_of_the_relay_is_read_and_deleted(world: World, wire: Wire,
 async def test_a_lease_is_renewed(wire: Wire, tapped: PostgresStore) -> None:
     await counted(wire, lambda: tapped.outbox.lease("relay", 30, None))
 
-    check(wire, trips=2, statements=9)
+    check(wire, trips=2, statements=5 + 3)
 
 
 async def test_what_is_due_is_found_at_once(wire: Wire, tapped: PostgresStore) -> None:

@@ -19,7 +19,19 @@ from psycopg.types.array import ListDumper
 
 from orderbus._core.columns import Column
 
-__all__ = ["Array", "bytea_array", "int2_array", "int4_array", "int8_array", "register", "text_array", "uuid_array"]
+__all__ = [
+    "Array",
+    "bytea_array",
+    "float8",
+    "int2_array",
+    "int4_array",
+    "int8",
+    "int8_array",
+    "register",
+    "text",
+    "text_array",
+    "uuid_array",
+]
 
 
 class Array(bytes):
@@ -40,9 +52,15 @@ def array_of(column: Column) -> Array | None:
 
 def int8(value: int) -> Array:
     """A single number, for the statements that take one beside their arrays."""
-    single = Array(_pack_int8(value))
-    single.oid = 20
-    return single
+    return _single(20, _pack_int8(value))
+
+
+def float8(value: float) -> Array:
+    return _single(701, _pack_float8(value))
+
+
+def text(value: str) -> Array:
+    return _single(25, value.encode())
 
 
 def int2_array(values: Sequence[int]) -> Array:
@@ -81,6 +99,12 @@ _NULL = b"\xff\xff\xff\xff"
 _pack_size = struct.Struct("!i").pack
 _pack_int8 = struct.Struct("!q").pack
 _pack_float8 = struct.Struct("!d").pack
+
+
+def _single(oid: int, value: bytes) -> Array:
+    single = Array(value)
+    single.oid = oid
+    return single
 
 
 def _array(oid: int, element_oid: int, count: int, elements: bytes, has_null: bool = False) -> Array:

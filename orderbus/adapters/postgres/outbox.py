@@ -12,7 +12,7 @@ from psycopg import AsyncCursor
 from orderbus._core.outbox import plan_lease
 from orderbus._core.topology import BUCKETS
 from orderbus.abc import MOST_COUNTED, Backlog, OutboxPage, OutboxRow, Stuck
-from orderbus.adapters.postgres.arrays import int2_array, int8, int8_array
+from orderbus.adapters.postgres.arrays import float8, int2_array, int8, int8_array, text
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.pool import Pool
 from orderbus.adapters.postgres.trip import Call, Connection, rows_of, trip
@@ -28,27 +28,30 @@ class PostgresOutbox:
         self._limit_s = limit_s
 
     async def lease(self, owner: str, lease_s: float, keep: Sequence[int] | None) -> frozenset[int]:
-        """With `keep=None` the fair share; with a list, at most those, and none new. `keep=[]` also signs this relay off."""
-        # In two trips; `connection.transaction()` would take one more for each end. Where it breaks off, the pool rolls back.
+        """With `keep=None` the fair share; with a list, at most those, and none new. `keep=[]` also signs this relay off.
+
+        In two transactions of one trip each: a relay that is frozen between them holds no lock that the others would wait for.
+        """
+        me, seconds = text(owner), float8(lease_s)
+        is_leaving = keep is not None and not keep
         async with self._connection() as connection:
-            async with connection.pipeline():
-                await connection.execute("begin")
-                await connection.execute(_LOCK_LEASES)
-                if keep is not None and not keep:
-                    await connection.execute("delete from orderbus.relay where owner = %s", (owner,))
-                else:
-                    await connection.execute(_SEEN, (owner,))
-                await connection.execute(_FORGET_DEAD, (lease_s,))
-                relays = await connection.execute("select owner from orderbus.relay")
-                leases = await connection.execute(_LEASES, (owner,))
-            held = dict(await leases.fetchall())
-            live = [name for (name,) in await relays.fetchall()]
-            plan = plan_lease(owner, live, held, keep=keep, buckets=BUCKETS)
-            async with connection.pipeline():
-                await connection.execute(_GIVE_BACK, (owner, sorted(plan)))
-                await connection.execute(_TAKE, (owner, lease_s, sorted(plan)))
-                await connection.execute("commit")
-        return plan
+            *_, relays, leases = await trip(
+                connection,
+                [
+                    Call(_LOCK_LEASES),
+                    Call(_SIGN_OFF if is_leaving else _SEEN, (me,)),
+                    Call(_FORGET_DEAD, (seconds,)),
+                    Call("select owner from orderbus.relay"),
+                    Call(_LEASES, (me,)),
+                ],
+            )
+            live = [name for (name,) in rows_of(connection, relays)]
+            plan = plan_lease(owner, live, dict(rows_of(connection, leases)), keep=keep, buckets=BUCKETS)
+            wanted = int2_array(sorted(plan))
+            *_, taken = await trip(
+                connection, [Call(_LOCK_LEASES), Call(_GIVE_BACK, (me, wanted)), Call(_TAKE, (me, seconds, wanted))]
+            )
+            return frozenset(bucket for (bucket,) in rows_of(connection, taken))
 
     async def read(
         self, buckets: Sequence[int], floor: int, limit: int, limit_bytes: int, up_to: int | None = None
@@ -98,12 +101,11 @@ class PostgresOutbox:
 
     async def due(self, buckets: Sequence[int], limit: int, limit_bytes: int) -> Sequence[OutboxRow]:
         async with self._connection() as connection:
-            async with connection.pipeline():
-                await _cursor(connection).execute(_MOVE_DUE, (int2_array(buckets), limit), prepare=True)
-                cursor = await _cursor(connection).execute(
-                    _READ_STUCK, (int2_array(buckets), limit, limit, limit_bytes, limit), prepare=True
-                )
-            return [_row(row) for row in await cursor.fetchall()]
+            mine, most = int2_array(buckets), int8(limit)
+            _, found = await trip(
+                connection, [Call(_MOVE_DUE, (mine, most)), Call(_READ_STUCK, (mine, most, most, int8(limit_bytes), most))]
+            )
+            return [_row(row) for row in rows_of(connection, found)]
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
@@ -226,18 +228,23 @@ where is_behind and not exists (select from orderbus.stuck earlier where earlier
 _LOCK_LEASES = "select pg_advisory_xact_lock(hashtextextended('orderbus.lease', 0))"
 
 _SEEN = """\
-insert into orderbus.relay (owner, seen_at) values (%s, now())
+insert into orderbus.relay (owner, seen_at) values (%b, now())
 on conflict (owner) do update set seen_at = excluded.seen_at"""
 
-_FORGET_DEAD = "delete from orderbus.relay where seen_at < now() - make_interval(secs => %s)"
+_SIGN_OFF = "delete from orderbus.relay where owner = %b"
 
-_LEASES = "select bucket, owner from orderbus.lease where until > now() or owner = %s"
+_FORGET_DEAD = "delete from orderbus.relay where seen_at < now() - make_interval(secs => %b)"
 
-_GIVE_BACK = "delete from orderbus.lease where owner = %s and bucket <> all (%s)"
+_LEASES = "select bucket, owner from orderbus.lease where until > now() or owner = %b"
+
+_GIVE_BACK = "delete from orderbus.lease where owner = %b and bucket <> all (%b)"
 
 _TAKE = """\
-insert into orderbus.lease (owner, until, bucket) select %s, now() + make_interval(secs => %s), unnest(%s::smallint[])
-on conflict (bucket) do update set owner = excluded.owner, until = excluded.until"""
+insert into orderbus.lease (owner, until, bucket) select %b, now() + make_interval(secs => %b), unnest(%b)
+on conflict (bucket) do update set owner = excluded.owner, until = excluded.until
+where lease.owner = excluded.owner or lease.until <= now()
+returning bucket"""
+# Since the plan was made, another relay may have taken what was free.
 
 
 def _row(columns: tuple[Any, ...]) -> OutboxRow:

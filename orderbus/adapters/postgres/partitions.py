@@ -50,7 +50,8 @@ def partition_bounds(day: datetime.date) -> tuple[UUID, UUID]:
 
 
 _DELETED_AT_ONCE = 10_000
-_LOCK_TIMEOUT = "set local lock_timeout = '500ms'"
+_BRIEFLY = "set local lock_timeout = '500ms'; set local idle_in_transaction_session_timeout = '5s'"
+"""Neither waits long for a lock nor keeps one for long, should this process be stopped where it holds it."""
 
 
 async def _create(connection: Connection, day: datetime.date) -> None:
@@ -59,7 +60,7 @@ async def _create(connection: Connection, day: datetime.date) -> None:
     name = sql.Identifier("orderbus", _name(day))
     first, next_first = partition_bounds(day)
     async with connection.transaction():
-        await connection.execute(_LOCK_TIMEOUT)
+        await connection.execute(_BRIEFLY)
         await connection.execute(sql.SQL("create table {} (like orderbus.inbox including all)").format(name))
         await connection.execute("lock table orderbus.inbox_default in access exclusive mode")
         await connection.execute(
@@ -82,13 +83,13 @@ async def _drop(connection: Connection, name: str, horizon: datetime.datetime) -
     is_used = sql.SQL("select exists (select from {} where handled_at >= %s)").format(table)
     try:
         async with connection.transaction():
-            await connection.execute(_LOCK_TIMEOUT)
+            await connection.execute(_BRIEFLY)
             await connection.execute(sql.SQL("lock table {} in access exclusive mode").format(table))
             if await _one(connection, is_used, horizon):
                 return False
             await connection.execute(sql.SQL("truncate {}").format(table))
         async with connection.transaction():
-            await connection.execute(_LOCK_TIMEOUT)
+            await connection.execute(_BRIEFLY)
             await connection.execute("lock table orderbus.inbox in access exclusive mode")
             if await _one(connection, is_used, horizon):
                 return False
