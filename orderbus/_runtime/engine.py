@@ -242,9 +242,10 @@ class Engine:
             stats=self.stats,
         )
         self._drained.set()
-        self.metrics.drain_duration.record(
-            self.receipt.seconds, {"orderbus.group": self.group, "orderbus.clean": self.receipt.clean}
-        )
+        if self.metrics.records:
+            self.metrics.drain_duration.record(
+                self.receipt.seconds, {"orderbus.group": self.group, "orderbus.clean": self.receipt.clean}
+            )
         log.info("drained %s: %s", self.group, self.receipt)
 
     async def _stop_consumers(self) -> int:

@@ -192,7 +192,7 @@ class InboxGuard:
     async def run(self, works: Sequence[Work]) -> list[Outcome]:
         works_in_order = by_key(works)
         entries = [InboxEntry(work.id, work.route.handler.consumer, work.hash) for work in works_in_order]
-        spans = spans_of(works) if self._tracing.records else ()
+        spans = spans_of(works) if len(works) == 1 else ()  # what several share is no single one's: `process` spans all of it
         with self._tracing.database("BEGIN", spans):
             transaction = await self._store.begin(entries)
         tx = Tx(transaction, self._encoding, self._tracing)

@@ -12,9 +12,11 @@ import pytest
 from opentelemetry import metrics as api
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
 
 from orderbus import Delivery, Event, Park, Retry, Tx
 from orderbus._core.ids import uuid7
+from orderbus._runtime.metrics import meters
 from tests.faults.world import ROOT
 from tests.runtime.world import Log, Noted, Paid, Placed, World, until
 
@@ -105,6 +107,17 @@ async def test_counts_are_those_of_the_bus(world: World, measured: Measured) -> 
     assert measured("orderbus.deliveries.in_hand", **queue) == measured("orderbus.relay.buckets") == []  # of open buses only
     (drain,) = measured("orderbus.drain.duration", orderbus__clean=True)
     assert drain.count == 1
+
+
+async def test_what_is_recorded_later_is_counted_whole_and_is_no_example_of_the_span_that_is_current_then(
+    measured: Measured,
+) -> None:
+    waits = meters().connection_wait
+    for n in range(1000):
+        with TracerProvider().get_tracer("tests").start_as_current_span("a request"):
+            waits.record(n / 1000, {"db.client.connection.pool.name": "shop"})
+    (point,) = measured("db.client.connection.wait_time")
+    assert (point.count, point.exemplars) == (1000, [])
 
 
 async def test_durations_and_lags_are_recorded_once_a_unit(world: World, measured: Measured) -> None:

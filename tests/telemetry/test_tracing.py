@@ -116,8 +116,7 @@ async def test_the_events_of_a_batch_stay_in_the_traces_of_their_keys(world: Wor
     of_items = recorded.named("process orders.placed")
     assert len(of_items) == 3
     assert {link.context.span_id for link in together.links} == {span.context.span_id for span in of_items}
-    (commit,) = [span for span in recorded.named("COMMIT") if recorded.path(span)[-2] == "process orders.placed"]
-    assert len(commit.links) == 2
+    assert "process orders.placed" not in {recorded.path(span)[-2] for span in recorded.named("COMMIT")}, "which all three share"
 
 
 async def test_writes_that_commit_together_stay_in_their_own_traces(world: World, recorded: Recorded) -> None:

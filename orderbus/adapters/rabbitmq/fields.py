@@ -6,6 +6,7 @@ again, so that a message which was read can also be parked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from math import isfinite
@@ -242,7 +243,7 @@ def encode_headers(headers: Mapping[str, HeaderValue]) -> bytes:
     for name, value in headers.items():
         if type(value) is str:
             text = _utf8(value)
-            out += (short_string(name), b"S", _u32.pack(len(text)), text)
+            out += (_text_entry(name), _u32.pack(len(text)), text)
         else:
             out.append(short_string(name))
             _encode_value(value, out, 1)
@@ -250,6 +251,12 @@ def encode_headers(headers: Mapping[str, HeaderValue]) -> bytes:
     if len(entries) > MAX_TABLE_BYTES:
         raise Unsendable(f"the headers take {len(entries)} bytes; {MAX_TABLE_BYTES} is the limit")
     return entries
+
+
+@functools.lru_cache(maxsize=1024)
+def _text_entry(name: str) -> bytes:
+    """What comes before the length of a long string."""
+    return short_string(name) + b"S"
 
 
 def short_string(text: str) -> bytes:
