@@ -29,6 +29,8 @@ Guard = Literal["inbox", "claims", "none"]
 Source = Literal["event", "batch", "tx", "delivery"]
 """Where an argument comes from; a resource's argument has its type instead."""
 
+DEFAULT_TIMEOUT_S = 60.0
+
 
 class Options(msgspec.Struct, frozen=True):
     """What a decorator says of its handler. Times in seconds."""
@@ -38,7 +40,7 @@ class Options(msgspec.Struct, frozen=True):
     ordered: bool = False
     concurrency: int = 10
     fuse: int = 1
-    timeout_s: float = 60.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
     prefetch: int | None = None
     guard: Guard | None = None
 

@@ -289,7 +289,10 @@ class Bus:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Tx]:
-        """A transaction outside handlers: commits on leaving, rolls back on an exception. Events emitted in it go out after."""
+        """A transaction outside handlers: commits on leaving, rolls back on an exception. Events emitted in it go out after.
+
+        The database ends one that waits for longer than 70 s between two statements, or 10 s more than a handler's `timeout`.
+        """
         async with self._open.transaction() as tx:
             yield tx
 

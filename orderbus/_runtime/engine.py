@@ -13,7 +13,7 @@ from uuid import uuid4
 import anyio
 
 from orderbus._core.codec import Format
-from orderbus._core.handler import Handler, Periodic, Plan, queue_needs
+from orderbus._core.handler import DEFAULT_TIMEOUT_S, Handler, Periodic, Plan, queue_needs
 from orderbus._core.message import Receipt
 from orderbus._core.settings import Settings
 from orderbus._core.signing import signing_keys
@@ -65,7 +65,8 @@ class Engine:
         self._stack = AsyncExitStack()
         self._host = anyio.create_task_group()
         self._life = anyio.CancelScope(shield=True)
-        self.servers = Servers(group, settings, clock)
+        limits_s = [handler.options.timeout_s for handler, _ in plans] + [periodic.timeout_s for periodic, _ in periodics]
+        self.servers = Servers(group, settings, clock, longest_s=max([DEFAULT_TIMEOUT_S, *limits_s]))
         self._commits: GroupCommit | None = None
         self._commits_done = anyio.Event()
         self._consumers: list[tuple[Consumer, anyio.Event]] = []

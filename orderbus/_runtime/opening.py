@@ -49,12 +49,12 @@ def open_broker(url: str, *, name: str) -> AbstractAsyncContextManager[Any]:
     return adapter(url).open_broker(url, name=name)  # type: ignore[no-any-return]
 
 
-def open_store(url: str, *, name: str, pool_size: int) -> AbstractAsyncContextManager[Any]:
+def open_store(url: str, *, name: str, pool_size: int, **limits: int) -> AbstractAsyncContextManager[Any]:
+    """`limits`: as the adapter takes them; a store in memory needs none."""
     if scheme_of(url) == "memory":
         return adapter(url).open_store(url)  # type: ignore[no-any-return]
-    if scheme_of(url) == "embedded":
-        return _with_schema(adapter(url).open_store(url, name=name, pool_size=pool_size))
-    return adapter(url).open_store(url, name=name, pool_size=pool_size)  # type: ignore[no-any-return]
+    opening = adapter(url).open_store(url, name=name, pool_size=pool_size, **limits)
+    return _with_schema(opening) if scheme_of(url) == "embedded" else opening
 
 
 def open_claims(url: str, *, prefix: str) -> AbstractAsyncContextManager[Any]:

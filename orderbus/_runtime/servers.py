@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import sniffio
 
+from orderbus._core.handler import DEFAULT_TIMEOUT_S
 from orderbus._core.settings import Settings
 from orderbus._runtime.opening import asyncio_only, open_broker, open_claims, open_store
 from orderbus._runtime.starting import starting
@@ -19,14 +20,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+IDLE_MARGIN_S = 10.0
+"""A handler's own time limit comes first: after that its policy decides, while a lost session would look like a server that is away."""
+
 
 class Servers:
-    """What the settings name. On the memory broker, what they don't name is in memory, too."""
+    """What the settings name. On the memory broker, what they don't name is in memory, too.
 
-    def __init__(self, group: str, settings: Settings, clock: Callable[[], float]) -> None:
+    `longest_s`: how long whatever uses the store may take. The database gives up a transaction that has been idle for longer.
+    """
+
+    def __init__(self, group: str, settings: Settings, clock: Callable[[], float], longest_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._group = group
         self._clock = clock
         self._settings = settings
+        self._idle_ms = int((longest_s + IDLE_MARGIN_S) * 1000)
         self._portal: Portal | None = None
         self._broker: Broker | None = None
         self._store: Store | None = None
@@ -44,7 +52,9 @@ class Servers:
             database_url = database_url or settings.broker_url
             redis_url = redis_url or settings.broker_url
         if database_url is not None:
-            opening = open_store(database_url, name=self._group, pool_size=settings.pool_size)
+            opening = open_store(
+                database_url, name=self._group, pool_size=settings.pool_size, idle_in_transaction_ms=self._idle_ms
+            )
             with starting(self._group, "to connect to the database and to look at its schema", self._clock):
                 store = await self._enter(stack, database_url, opening)
                 self._store = self._portal.store(store) if self._portal and _crosses(database_url) else store

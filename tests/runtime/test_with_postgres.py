@@ -114,6 +114,21 @@ async def test_effect_inbox_and_events_commit_together_and_the_events_arrive(wor
     assert effects.all("select count(*) from orderbus.outbox") == [0]
 
 
+@pytest.mark.parametrize(("timeout", "limit"), [(5, "70s"), (600, "610s")])
+async def test_the_database_gives_up_an_idle_transaction_only_after_the_handlers_own_time_limit(
+    world: World, effects: Effects, timeout: float, limit: str
+) -> None:
+    bus = bus_on(world, effects)
+
+    @bus.on(Placed, timeout=timeout)
+    async def handle(event: Placed) -> None: ...
+
+    async with bus, bus.transaction() as tx:
+        assert await tx.fetch_one("show idle_in_transaction_session_timeout") == (limit,)
+    async with bus_on(world, effects) as without_handlers, without_handlers.transaction() as tx:
+        assert await tx.fetch_one("show idle_in_transaction_session_timeout") == ("70s",)
+
+
 async def test_a_handler_that_raises_leaves_no_effect_no_inbox_row_and_no_event(world: World, effects: Effects) -> None:
     bus = bus_on(world, effects, relay=False)
 
