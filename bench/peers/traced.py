@@ -52,7 +52,7 @@ def run(work: Awaitable[Any]) -> None:
         os.environ |= {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{ours.recv()}",
             "OTEL_BSP_MAX_QUEUE_SIZE": "200000",
-            "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+            "OTEL_METRIC_EXPORT_INTERVAL": "5000",
         }
         with exported("bench"):
             run_with_uvloop(work)
