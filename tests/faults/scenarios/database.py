@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import time
@@ -19,6 +20,7 @@ from tests.faults.world import Broken, World
 
 BACKENDS = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 SMALL_MIB = 64
+ON_SMALL_DISK = ("source", "effect", "trail", "orderbus.outbox")
 GAUGES = 8
 
 
@@ -175,28 +177,38 @@ def _with_option(url: str, option: str) -> str:
 @scenario("disk-full")
 def disk_full(world: World) -> None:
     """The tables lie on a small disk, which somebody fills up."""
-    disk = world.servers.folder / "small"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MIB}m", "tmpfs", str(disk)], check=True)
-    try:
-        (disk / "space").mkdir()
-        shutil.chown(disk / "space", "postgres")
-        world.execute(f"create tablespace small location '{disk / 'space'}'")
-        for table in ("source", "effect", "trail", "orderbus.outbox"):
+    with _small_disk(world) as disk:
+        for table in ON_SMALL_DISK:
             world.execute(f"alter table {table} set tablespace small")
         world.begin()
         with Path(disk, "filler").open("wb") as filler, suppress(OSError):
             while True:
                 filler.write(bytes(1 << 16))
                 filler.flush()
-        world.until(lambda: "No space left" in world.role("service").log(), "the disk to be full")
+        world.until(lambda: any("No space left" in role.log() for role in world.roles), "the disk to be full")
         world.pause(1.0, 3.0)
         Path(disk, "filler").unlink()
         world.mended()
         world.flow()
-        for table in ("source", "effect", "trail", "orderbus.outbox"):
-            world.again(f"alter table {table} set tablespace pg_default")
-        world.again("drop tablespace small")
+
+
+@contextmanager
+def _small_disk(world: World) -> Iterator[Path]:
+    """The tablespace `small` on a disk of its own. Whatever happens to the scenario, the server is left without it."""
+    disk = world.servers.folder / f"small-{secrets.token_hex(4)}"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MIB}m", "tmpfs", str(disk)], check=True)
+    try:
+        (disk / "space").mkdir()
+        shutil.chown(disk / "space", "postgres")
+        world.execute(f"create tablespace small location '{disk / 'space'}'")
+        try:
+            yield disk
+        finally:
+            Path(disk, "filler").unlink(missing_ok=True)
+            for table in ON_SMALL_DISK:
+                world.again(f"alter table {table} set tablespace pg_default")
+            world.again("drop tablespace small")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
