@@ -80,6 +80,8 @@ class Record:
         """Which handler's effect of which event was committed to the store in memory."""
         self._opened_at = anyio.current_time()
         self._known: set[str] = set()
+        self._unheard_of: dict[str, Emission] = {}
+        """Published, and of a transaction of which nobody has said that it was committed; most were published directly."""
         self._queries: dict[str, Counter[str]] = {}
         self._emitted: Counter[str] = Counter()
         self.changed = anyio.Event()
@@ -108,6 +110,8 @@ class Record:
         handler = HANDLING.get()
         for row in emitted:
             self._known.add(str(row.event_id))
+            if (early := self._unheard_of.pop(str(row.event_id), None)) is not None:
+                self.emissions.remove(early)  # the relay found the row before the commit had returned to its caller
             self.emissions.append(Emission(row.event_id, row.topic, row.body, row.content_type, handler))
         if handler is not None:
             texts = [*statements, *dict.fromkeys(item.sql for item in deferred)]
@@ -124,7 +128,9 @@ class Record:
         handler = HANDLING.get()
         if handler is not None:
             self._emitted[handler] += 1
-        self.emissions.append(Emission(_uuid(message.message_id), message.type, message.body, message.content_type, handler))
+        emission = Emission(_uuid(message.message_id), message.type, message.body, message.content_type, handler)
+        self._unheard_of[message.message_id] = emission
+        self.emissions.append(emission)
 
     def cost(self, handlers: Sequence[str]) -> Cost | None:
         """Of these handlers together; None where they have handled nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import anyio
@@ -9,7 +10,9 @@ import psycopg
 import pytest
 
 from orderbus import Bus, Event, Retry, Tx
+from orderbus.abc import Deferred, InboxEntry, OutboxRow
 from orderbus.adapters.postgres import apply
+from orderbus.adapters.postgres.transaction import PostgresTransaction
 from orderbus.testing import StuckError, TestBus
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -74,6 +77,30 @@ async def test_rows_events_and_retries_are_real(url: str) -> None:
 
     with psycopg.connect(url) as connection:
         assert connection.execute("select order_id from payment order by 1").fetchall() == [(1,), (2,)]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_event_relayed_before_its_commit_has_returned_is_emitted_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Shop()
+    async with TestBus(shop.bus, database_url=url) as t:
+        commit = PostgresTransaction.commit
+
+        async def slow_to_return(
+            self: PostgresTransaction,
+            deferred: Sequence[Deferred],
+            emitted: Sequence[OutboxRow],
+            forget: Sequence[InboxEntry] = (),
+        ) -> None:
+            await commit(self, deferred, emitted, forget)
+            while not {str(row.event_id) for row in emitted} <= t._record.messages.keys():
+                await t._record.changed.wait()
+
+        monkeypatch.setattr(PostgresTransaction, "commit", slow_to_return)
+        await t.publish(Placed(order_id=1))
+        await t.settled()
+
+        t.emitted(Paid, times=1)
+        assert t.cost(shop.charge, statements=1, emitted=1).messages == 1
 
 
 async def test_what_is_due_later_than_the_limit_is_named(url: str) -> None:
