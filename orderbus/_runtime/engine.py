@@ -121,16 +121,21 @@ class Engine:
 
     async def _live(self, lives: anyio.Event) -> None:
         """All tasks of the bus, shielded: where its `async with` is cancelled, the body ends at once and they are drained."""
-        with self._life:
-            async with anyio.create_task_group() as self._tasks:
-                lives.set()
-                await anyio.sleep_forever()
+        try:
+            with self._life:
+                async with anyio.create_task_group() as self._tasks:
+                    lives.set()
+                    await anyio.sleep_forever()
+        finally:
+            self.tracing.tell()
 
     async def _start(self) -> None:
         needs = queue_needs([handler for handler, _ in self._plans])
         topology = topology_for(needs)
         with starting(self.group, "to declare its queues", self._clock):
             await self.servers.broker.apply(topology)
+        if self.tracing.records:
+            self._tasks.start_soon(self.tracing.keep_telling, name="spans")
         caller = Caller(self._resources, self.tracing)
         guards = {handler.consumer: self._guard(handler, caller, plan) for handler, plan in self._plans}
         env = Environment(

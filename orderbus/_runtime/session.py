@@ -231,24 +231,32 @@ class Session:
         return list(groups.values())
 
     async def _attempt(self, guard: Guard, works: Sequence[Work], leaving: list[tuple[Work, Outgoing]]) -> None:
+        """Run a unit under its guard; where all of it failed together, each member alone."""
+        if await self._concluded(guard, works, leaving):
+            self._env.wake_relay()
+            return
+        for work in works:
+            work.solo = True
+            await self._attempt(guard, [work], leaving)
+
+    async def _concluded(self, guard: Guard, works: Sequence[Work], leaving: list[tuple[Work, Outgoing]]) -> bool:
+        """Whether it was decided what becomes of them."""
         self._tracing.begin(works)
         began = self._accounts.began()
+        given_up: Exception | None = None
         try:
             try:
                 outcomes = await self._guarded(guard, works)
             except Exception as error:  # the policy decides, as for every exception of a handler
                 if len(works) > 1 and not isinstance(bare(error), UnavailableError):
-                    self._tracing.end(works, error)
-                    for work in works:
-                        work.solo = True
-                        await self._attempt(guard, [work], leaving)
-                    return
+                    given_up = error
+                    return False
                 outcomes = [error] * len(works)
             self._accounts.measure(works, outcomes, began)
             self._conclude(works, outcomes, leaving)
+            return True
         finally:
-            self._tracing.end(works)
-        self._env.wake_relay()
+            self._tracing.end(works, given_up)
 
     def _conclude(self, works: Sequence[Work], outcomes: Sequence[str | Exception], leaving: list[tuple[Work, Outgoing]]) -> None:
         self._accounts.succeeded(works, outcomes)

@@ -1,19 +1,24 @@
 """Spans, by the conventions of OpenTelemetry for messaging and databases; and the trace context that goes with each event.
 
 Where no SDK is installed nothing is recorded, and the context of a handled message still goes on to what its handler emits. Where one
-is, a delivery whose trace is not sampled makes no span: one costs 10 to 20 µs, as much as all else that is done for a message.
-docs/telemetry.md lists the spans and their attributes.
+is, a delivery whose trace is not sampled makes no span: one costs 10 to 20 µs, as much as all else that is done for a message, and up
+to ten times that where it is the only one in a while, since the SDK's code has to be fetched anew. So the ends of spans, and those that
+nobody refers to, are told to it some tens at a time, with the times at which they took place. docs/telemetry.md lists the spans and their
+attributes.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
 
+import anyio
 import msgspec
 from opentelemetry import trace
 from opentelemetry.context import Context, attach
@@ -32,6 +37,9 @@ __all__ = ["CAUSE", "Tracing", "current_span", "current_trace", "inside", "libra
 
 Attributes = Mapping[str, str | int | float | bool]
 
+
+TOLD_TOGETHER = 64
+TOLD_AFTER_S = 1.0
 
 CAUSE: ContextVar[TraceHeaders | None] = ContextVar("orderbus.cause", default=None)
 """The trace of the delivery that is being handled, where no span of it is recorded."""
@@ -83,8 +91,27 @@ def _remote(headers: TraceHeaders) -> Context:
     return trace.set_span_in_context(NonRecordingSpan(context), Context())
 
 
+class _End(NamedTuple):
+    """Of a span that has been made."""
+
+    span: Span
+    at_ns: int
+    error: str | None
+    outcome: str
+
+
+class _Settle(NamedTuple):
+    """A span that is still to be made."""
+
+    parent: Span
+    at_ns: int
+    queue: str
+    message_id: UUID
+    how: str
+
+
 class Tracing:
-    """Makes the spans of one bus. Whether an SDK is there is asked once, when the bus is opened."""
+    """Makes the spans of one bus. Whether an SDK is there is asked once, when the bus is opened. Not thread-safe."""
 
     def __init__(self, group: str, *, system: str, database: str) -> None:
         """`system` and `database`: what the conventions call the broker and the store."""
@@ -95,6 +122,45 @@ class Tracing:
         self._group = group
         self._system = system
         self._database = database
+        self._untold: list[_End | _Settle] = []
+        self._has_untold = anyio.Event()
+
+    async def keep_telling(self) -> None:
+        """So that what few messages leave is seen soon, too. Runs until it is cancelled."""
+        while True:
+            await self._has_untold.wait()
+            await anyio.sleep(TOLD_AFTER_S)
+            self.tell()
+
+    def tell(self) -> None:
+        """Have the SDK end and make what it has not been told of yet. To be called when the bus is closed."""
+        untold, self._untold, self._has_untold = self._untold, [], anyio.Event()
+        for one in untold:
+            if isinstance(one, _End):
+                _end(one.span, one.error, one.outcome, one.at_ns)
+            else:
+                self._settle(one)
+
+    def _later(self, one: _End | _Settle) -> None:
+        self._untold.append(one)
+        self._has_untold.set()
+        if len(self._untold) >= TOLD_TOGETHER:
+            self.tell()
+
+    def _start(
+        self,
+        name: str,
+        context: Context,
+        kind: SpanKind,
+        attributes: Attributes | None = None,
+        links: Sequence[Link] = (),
+        at_ns: int | None = None,
+    ) -> Span:
+        try:
+            return self._tracer.start_span(name, context, kind, attributes, links, at_ns)
+        except Exception:  # a sampler or processor of the user's: no message suffers for it
+            log.exception("no span can be made: %s", name)
+            return trace.INVALID_SPAN
 
     # Consuming
 
@@ -107,16 +173,12 @@ class Tracing:
                 work.trace = trace_headers(headers) if headers else None
             if not self.records or (work.trace is not None and not is_sampled(work.trace)):
                 continue
-            try:
-                span = self._tracer.start_span(
-                    f"process {work.route.topic}",
-                    _remote(work.trace) if work.trace is not None else Context(),
-                    SpanKind.CONSUMER,
-                    self._process_attributes(work, len(works)),
-                )
-            except Exception:  # a sampler or processor of the user's: no message suffers for it
-                log.exception("no span can be made")
-                continue
+            span = self._start(
+                f"process {work.route.topic}",
+                _remote(work.trace) if work.trace is not None else Context(),
+                SpanKind.CONSUMER,
+                self._process_attributes(work),
+            )
             if span.is_recording():
                 work.span = span
 
@@ -126,16 +188,11 @@ class Tracing:
         A try that was cancelled, and whose delivery goes back, has no outcome.
         """
         for work in works:
-            if work.span is not None and work.span.is_recording():
-                span: Span = work.span
+            if work.span is not None:
                 failure = error or (work.error if work.outcome in ("retried", "parked", "waits") else None)
-                if failure is not None:
-                    _fail(span, failure)
-                if work.outcome:
-                    span.set_attribute("orderbus.outcome", work.outcome)
-                span.end()
+                self._later(_End(work.span, time.time_ns(), None if failure is None else type(failure).__name__, work.outcome))
 
-    def _process_attributes(self, work: Work, together: int) -> Attributes:
+    def _process_attributes(self, work: Work) -> Attributes:
         attributes: dict[str, str | int | float | bool] = {
             "messaging.system": self._system,
             "messaging.operation.name": "process",
@@ -144,14 +201,11 @@ class Tracing:
             "messaging.destination.subscription.name": work.incoming.queue,
             "messaging.consumer.group.name": self._group,
             "messaging.message.id": str(work.id),
-            "messaging.message.body.size": len(work.incoming.body),
             "orderbus.consumer": work.route.handler.consumer,
             "orderbus.attempt": work.attempt,
         }
         if work.key is not None:
             attributes["orderbus.key"] = work.key
-        if together > 1:
-            attributes["messaging.batch.message_count"] = together
         return attributes
 
     def cause(self, work: Work) -> TraceHeaders | None:
@@ -174,7 +228,7 @@ class Tracing:
             yield
             return
         handler = works[0].route.handler
-        span = self._tracer.start_span(
+        span = self._start(
             f"process batch {handler.queue}",
             trace.set_span_in_context(spans[0]),
             SpanKind.INTERNAL,
@@ -191,18 +245,23 @@ class Tracing:
     def settled(self, work: Work, how: str) -> None:
         """The broker is told what became of a delivery."""
         if work.span is not None:
-            self._tracer.start_span(
-                f"settle {work.incoming.queue}",
-                trace.set_span_in_context(work.span),
-                SpanKind.CLIENT,
-                {
-                    "messaging.system": self._system,
-                    "messaging.operation.name": how,
-                    "messaging.operation.type": "settle",
-                    "messaging.destination.name": work.incoming.queue,
-                    "messaging.message.id": str(work.id),
-                },
-            ).end()
+            self._later(_Settle(work.span, time.time_ns(), work.incoming.queue, work.id, how))
+
+    def _settle(self, settle: _Settle) -> None:
+        span = self._start(
+            f"settle {settle.queue}",
+            trace.set_span_in_context(settle.parent),
+            SpanKind.CLIENT,
+            {
+                "messaging.system": self._system,
+                "messaging.operation.name": settle.how,
+                "messaging.operation.type": "settle",
+                "messaging.destination.name": settle.queue,
+                "messaging.message.id": str(settle.message_id),
+            },
+            at_ns=settle.at_ns,
+        )
+        _end(span, at_ns=settle.at_ns)
 
     @contextmanager
     def periodic(self, place: str) -> Iterator[None]:
@@ -210,7 +269,7 @@ class Tracing:
         if not self.records:
             yield
             return
-        span = self._tracer.start_span(f"every {place}", Context(), SpanKind.INTERNAL)
+        span = self._start(f"every {place}", Context(), SpanKind.INTERNAL)
         with _ended(span), inside(span):
             yield
 
@@ -227,7 +286,7 @@ class Tracing:
         attributes = {"db.system.name": self._database, "db.operation.name": operation}
         if query is not None:
             attributes["db.query.text"] = query
-        span = self._tracer.start_span(
+        span = self._start(
             operation,
             trace.set_span_in_context(spans[0]),
             SpanKind.CLIENT,
@@ -256,11 +315,8 @@ class Tracing:
                 "messaging.destination.name": row.topic,
                 "messaging.rabbitmq.destination.routing_key": message.routing_key,
                 "messaging.message.id": message.message_id,
-                "messaging.message.body.size": len(message.body),
             }
-            if len(rows) > 1:
-                attributes["messaging.batch.message_count"] = len(rows)
-            span = self._tracer.start_span(f"send {row.topic}", _remote(parent), SpanKind.PRODUCER, attributes)
+            span = self._start(f"send {row.topic}", _remote(parent), SpanKind.PRODUCER, attributes)
             if span.is_recording():
                 messages[n] = _carrying(message, span)
                 begun.append((n, span))
@@ -270,10 +326,7 @@ class Tracing:
         """End the spans of `sending`; None where nothing was sent."""
         for n, span in begun:
             receipt = Receipt.UNKNOWN if receipts is None else receipts[n]
-            if receipt is not Receipt.CONFIRMED:
-                span.set_status(Status(StatusCode.ERROR))
-                span.set_attribute("error.type", receipt.value)
-            span.end()
+            self._later(_End(span, time.time_ns(), None if receipt is Receipt.CONFIRMED else receipt.value, ""))
 
     @contextmanager
     def leaving(self, moved: Sequence[tuple[Work, Outgoing]]) -> Iterator[list[Receipt]]:
@@ -284,7 +337,7 @@ class Tracing:
         begun = [
             (
                 number,
-                self._tracer.start_span(
+                self._start(
                     f"send {outgoing.exchange or outgoing.routing_key}",
                     trace.set_span_in_context(work.span),
                     SpanKind.PRODUCER,
@@ -321,18 +374,26 @@ def spans_of(works: Sequence[Work]) -> list[Span]:
     return [work.span for work in works if work.span is not None]
 
 
-def _fail(span: Span, error: BaseException) -> None:
-    """The class only: what an exception says may quote the message."""
-    span.set_status(Status(StatusCode.ERROR))
-    span.set_attribute("error.type", type(error).__name__)
+def _end(span: Span, error: str | None = None, outcome: str = "", at_ns: int | None = None) -> None:
+    """`error` is the class only: what an exception says may quote the message."""
+    try:
+        if error is not None:
+            span.set_status(Status(StatusCode.ERROR))
+            span.set_attribute("error.type", error)
+        if outcome:
+            span.set_attribute("orderbus.outcome", outcome)
+        span.end(at_ns)
+    except Exception:  # a processor of the user's, as above
+        log.exception("a span can't be ended")
 
 
 @contextmanager
 def _ended(span: Span) -> Iterator[None]:
+    failure: str | None = None
     try:
         yield
     except BaseException as error:
-        _fail(span, error)
+        failure = type(error).__name__
         raise
     finally:
-        span.end()
+        _end(span, failure)

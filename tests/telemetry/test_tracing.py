@@ -6,10 +6,13 @@ from typing import Any
 
 import anyio
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 
 from orderbus import Batch, Bus, Delivery, Event, Retry, Tx
 from orderbus._runtime.dead_letters import DeadLetters
+from orderbus._runtime.tracing import TOLD_AFTER_S
 from tests.runtime.world import Log, Paid, Placed, World, until
 from tests.telemetry.spans import Recorded
 
@@ -85,7 +88,6 @@ async def test_a_span_says_which_message_it_was_and_what_became_of_it(world: Wor
         "messaging.destination.subscription.name": "post.orders.paid",
         "messaging.consumer.group.name": "post",
         "messaging.message.id": str(event_id),
-        "messaging.message.body.size": len(world.message(Paid(order="a"), event_id).body),
         "orderbus.consumer": "post.orders.paid",
         "orderbus.attempt": 1,
         "orderbus.key": "a",
@@ -171,6 +173,73 @@ async def test_a_retry_a_dead_letter_and_its_replay_are_in_the_trace(world: Worl
     moved = [span for span in recorded if span.name.startswith("send ") and "process orders.paid" in recorded.path(span)]
     assert [span.name for span in moved] == ["send ob.retry.2000ms", "send post.orders.paid.dlq"]
     assert "secret" not in "".join(span.to_json() for span in recorded)
+
+
+async def test_spans_are_told_within_a_second_and_have_the_times_at_which_they_took_place(
+    world: World, recorded: Recorded
+) -> None:
+    log = Log()
+    async with post(world, log):
+        await world.send(Paid(order="a"))
+        await log.reached(1)
+        await anyio.sleep(TOLD_AFTER_S + 0.1)
+        told = list(recorded)
+
+    process, settle = recorded.one("process orders.paid"), recorded.one("settle post.orders.paid")
+    assert {process.name, settle.name} <= {span.name for span in told}
+    assert process.start_time is not None
+    assert settle.start_time is not None
+    assert process.end_time is not None
+    assert process.start_time <= settle.start_time <= process.end_time
+    assert settle.end_time == settle.start_time
+
+
+async def test_each_member_of_a_unit_that_was_given_up_has_a_span_for_both_tries(world: World, recorded: Recorded) -> None:
+    log, bus = Log(), world.bus("shop")
+
+    @bus.on(Placed, fuse=10, retry=AT_ONCE)
+    async def pay(event: Placed, tx: Tx) -> None:
+        log(event)
+        if event.n == 1:
+            raise ConnectionResetError
+
+    async with bus:
+        pass  # now there is a queue
+    for n in range(3):
+        await world.send(Placed(order=str(n), n=n))
+    async with bus:
+        await until(lambda: len(recorded.named("send shop.orders.placed.dlq")) == 1)
+
+    outcomes = [(span.attributes or {}).get("orderbus.outcome") for span in recorded.named("process orders.placed")]
+    assert sorted(str(outcome) for outcome in outcomes) == ["None"] * 3 + ["handled"] * 2 + ["parked"] + ["retried"] * 2
+
+
+class Broken(SpanProcessor):
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        if self.at == "start":
+            raise RuntimeError("a processor of the user's")
+
+    def on_end(self, span: Any) -> None:
+        if self.at == "end":
+            raise RuntimeError("a processor of the user's")
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+async def test_no_message_suffers_for_a_processor_that_raises(
+    world: World, recorded: Recorded, at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider: Any = trace.get_tracer_provider()
+    provider.add_span_processor(Broken(at))
+    log = Log()
+    async with shop(world, log), post(world, log):
+        await world.send(Placed(order="a"), headers={"ob-key": "a", "traceparent": SAMPLED})
+        await log.reached(1)
+
+    assert "a processor of the user's" in caplog.text
+    assert not world.broker.messages("shop.orders.placed.dlq")
 
 
 async def test_an_unsampled_trace_makes_no_span_and_goes_on(world: World, recorded: Recorded) -> None:
