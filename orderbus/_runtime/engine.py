@@ -127,7 +127,7 @@ class Engine:
                     lives.set()
                     await anyio.sleep_forever()
         finally:
-            self.tracing.tell()
+            self.tracing.close()
 
     async def _start(self) -> None:
         needs = queue_needs([handler for handler, _ in self._plans])

@@ -257,6 +257,7 @@ class Session:
             return True
         finally:
             self._tracing.end(works, given_up)
+            given_up = None  # its traceback has this frame, which would keep it, and all the bodies, for the garbage collector
 
     def _conclude(self, works: Sequence[Work], outcomes: Sequence[str | Exception], leaving: list[tuple[Work, Outgoing]]) -> None:
         self._accounts.succeeded(works, outcomes)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from time import time_ns  # of the SDK's own clock, also where the simulator replaces `time.time_ns`
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
@@ -124,16 +124,18 @@ class Tracing:
         self._database = database
         self._untold: list[_End | _Settle] = []
         self._has_untold = anyio.Event()
+        self._waits = True
 
     async def keep_telling(self) -> None:
         """So that what few messages leave is seen soon, too. Runs until it is cancelled."""
+        outside()
         while True:
             await self._has_untold.wait()
             await anyio.sleep(TOLD_AFTER_S)
             self.tell()
 
     def tell(self) -> None:
-        """Have the SDK end and make what it has not been told of yet. To be called when the bus is closed."""
+        """Have the SDK end and make what it has not been told of yet."""
         untold, self._untold, self._has_untold = self._untold, [], anyio.Event()
         for one in untold:
             if isinstance(one, _End):
@@ -141,10 +143,15 @@ class Tracing:
             else:
                 self._settle(one)
 
+    def close(self) -> None:
+        """Tell everything. What ends after this, such as a publish that a caller still waits for, is told at once."""
+        self._waits = False
+        self.tell()
+
     def _later(self, one: _End | _Settle) -> None:
         self._untold.append(one)
         self._has_untold.set()
-        if len(self._untold) >= TOLD_TOGETHER:
+        if len(self._untold) >= TOLD_TOGETHER or not self._waits:
             self.tell()
 
     def _start(
@@ -190,7 +197,7 @@ class Tracing:
         for work in works:
             if work.span is not None:
                 failure = error or (work.error if work.outcome in ("retried", "parked", "waits") else None)
-                self._later(_End(work.span, time.time_ns(), None if failure is None else type(failure).__name__, work.outcome))
+                self._later(_End(work.span, time_ns(), None if failure is None else type(failure).__name__, work.outcome))
 
     def _process_attributes(self, work: Work) -> Attributes:
         attributes: dict[str, str | int | float | bool] = {
@@ -245,12 +252,12 @@ class Tracing:
     def settled(self, work: Work, how: str) -> None:
         """The broker is told what became of a delivery."""
         if work.span is not None:
-            self._later(_Settle(work.span, time.time_ns(), work.incoming.queue, work.id, how))
+            self._later(_Settle(work.span, time_ns(), work.incoming.queue, work.id, how))
 
     def _settle(self, settle: _Settle) -> None:
         span = self._start(
             f"settle {settle.queue}",
-            trace.set_span_in_context(settle.parent),
+            trace.set_span_in_context(settle.parent, Context()),  # and not in that of whoever happens to tell
             SpanKind.CLIENT,
             {
                 "messaging.system": self._system,
@@ -326,7 +333,7 @@ class Tracing:
         """End the spans of `sending`; None where nothing was sent."""
         for n, span in begun:
             receipt = Receipt.UNKNOWN if receipts is None else receipts[n]
-            self._later(_End(span, time.time_ns(), None if receipt is Receipt.CONFIRMED else receipt.value, ""))
+            self._later(_End(span, time_ns(), None if receipt is Receipt.CONFIRMED else receipt.value, ""))
 
     @contextmanager
     def leaving(self, moved: Sequence[tuple[Work, Outgoing]]) -> Iterator[list[Receipt]]:
@@ -377,6 +384,8 @@ def spans_of(works: Sequence[Work]) -> list[Span]:
 def _end(span: Span, error: str | None = None, outcome: str = "", at_ns: int | None = None) -> None:
     """`error` is the class only: what an exception says may quote the message."""
     try:
+        if not span.is_recording():  # ended by the handler, whose current span it was
+            return
         if error is not None:
             span.set_status(Status(StatusCode.ERROR))
             span.set_attribute("error.type", error)

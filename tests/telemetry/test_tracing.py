@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
 import pytest
-from opentelemetry import trace
+from opentelemetry import baggage, trace
+from opentelemetry.context import attach, detach
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 
-from orderbus import Batch, Bus, Delivery, Event, Retry, Tx
+from orderbus import Batch, Bus, Delivery, Event, Retry, Tx, UnavailableError
 from orderbus._runtime.dead_letters import DeadLetters
 from orderbus._runtime.tracing import TOLD_AFTER_S
 from tests.runtime.world import Log, Paid, Placed, World, until
@@ -214,6 +217,9 @@ async def test_each_member_of_a_unit_that_was_given_up_has_a_span_for_both_tries
     assert sorted(str(outcome) for outcome in outcomes) == ["None"] * 3 + ["handled"] * 2 + ["parked"] + ["retried"] * 2
 
 
+class Till: ...
+
+
 class Broken(SpanProcessor):
     def on_start(self, span: Any, parent_context: Any = None) -> None:
         if self.at == "start":
@@ -240,6 +246,53 @@ async def test_no_message_suffers_for_a_processor_that_raises(
 
     assert "a processor of the user's" in caplog.text
     assert not world.broker.messages("shop.orders.placed.dlq")
+
+
+class Tenants(SpanProcessor):
+    """Writes down the baggage of each span's parent context."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, object] = {}
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        self.of[span.name] = baggage.get_baggage("tenant", parent_context)
+
+
+async def test_no_span_has_the_baggage_of_whoever_opened_the_bus(world: World, recorded: Recorded) -> None:
+    provider: Any = trace.get_tracer_provider()
+    provider.add_span_processor(tenants := Tenants())
+    log = Log()
+    token = attach(baggage.set_baggage("tenant", "of the opener"))
+    try:
+        async with post(world, log):
+            await world.send(Paid(order="a"))
+            await log.reached(1)
+            await anyio.sleep(TOLD_AFTER_S + 0.1)
+            await world.send(Paid(order="b"))
+            await log.reached(2)
+    finally:
+        detach(token)
+
+    assert tenants.of["settle post.orders.paid"] is None
+    assert set(tenants.of.values()) == {None}
+
+
+async def test_what_is_sent_while_the_bus_closes_has_an_end(world: World, recorded: Recorded) -> None:
+    bus = world.bus("shop")
+
+    @bus.resource
+    async def till() -> AsyncIterator[Till]:
+        yield Till()
+        with recorded.tracer.start_as_current_span("goodbye"), contextlib.suppress(UnavailableError):
+            await bus.publish(Paid(order="a"))
+
+    @bus.on(Placed)
+    async def pay(event: Placed, till: Till) -> None: ...
+
+    async with bus:
+        pass
+
+    assert recorded.path(recorded.one("send orders.paid")) == ["goodbye", "send orders.paid"]
 
 
 async def test_an_unsampled_trace_makes_no_span_and_goes_on(world: World, recorded: Recorded) -> None:
