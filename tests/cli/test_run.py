@@ -33,6 +33,8 @@ SLEEPER = SHOP.replace('print("heard", flush=True)', 'print("heard", flush=True)
 
 def open_and_heard(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
+    assert process.stderr is not None
+    lines_until(process.stderr, "running: ")  # a handler may run before; a signal would then cancel the opening
     lines_until(process.stdout, "heard")
 
 
@@ -127,7 +129,7 @@ def test_json_logs_are_json_on_every_line(project: Project) -> None:
     project.write(SHOP)
     process = project.start("run", project.bus, "--log-json")
     assert process.stdout is not None
-    output = lines_until(process.stdout, "heard")
+    output = [*lines_until(process.stdout, "running: shop"), *lines_until(process.stdout, "heard")]
     process.send_signal(signal.SIGTERM)
     code, rest, errors = ended(process)
     assert (code, errors) == (0, "")
@@ -157,6 +159,8 @@ def test_several_buses_in_one_process_hear_each_other(project: Project) -> None:
     project.environment["ORDERBUS_BROKER_URL"] = "memory://shared"
     process = project.start("run", project.bus, "listener:bus")
     assert process.stdout is not None
+    assert process.stderr is not None
+    lines_until(process.stderr, "running: ")
     lines_until(process.stdout, "listened")
     process.send_signal(signal.SIGTERM)
     code, output, _ = ended(process)

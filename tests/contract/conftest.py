@@ -26,6 +26,8 @@ class Server:
     """Another connection to the same broker."""
     delete_queue: Callable[[str], Awaitable[None]]
     drop_connections: Callable[[], Awaitable[None]]
+    without_consumers: Callable[[str], Awaitable[None]]
+    """Wait until a queue has none any more: RabbitMQ's may hand a message to one whose leaving it has not heard of yet."""
 
 
 @pytest.fixture(
@@ -64,6 +66,7 @@ async def server(broker_flavour: tuple[str, Any], request: pytest.FixtureRequest
                 connect=lambda: memory.open_broker(url, name=name),
                 delete_queue=later(broker.delete_queue),
                 drop_connections=later(broker.drop_connections),
+                without_consumers=later(lambda queue: None),
             )
     else:
         yield _rabbitmq(request.getfixturevalue("rabbit"), request.getfixturevalue("vhost_url"), name)
@@ -92,10 +95,22 @@ def _rabbitmq(rabbit: Rabbit, url: str, name: str) -> Server:
         finally:
             await connection.close()
 
+    async def without_consumers(queue: str) -> None:
+        connection = await aiormq.connect(url)
+        try:
+            channel = await connection.channel()
+            while (await channel.queue_declare(queue, passive=True)).consumer_count:
+                await anyio.lowlevel.checkpoint()
+        finally:
+            await connection.close()
+
     async def drop_connections() -> None:
         vhost = unquote(urlsplit(url).path[1:])
         await anyio.to_thread.run_sync(rabbit.ctl, "close_all_connections", "--vhost", vhost, "a test wants it")
 
     return Server(
-        connect=lambda: rabbitmq.open_broker(url, name=name), delete_queue=delete_queue, drop_connections=drop_connections
+        connect=lambda: rabbitmq.open_broker(url, name=name),
+        delete_queue=delete_queue,
+        drop_connections=drop_connections,
+        without_consumers=without_consumers,
     )

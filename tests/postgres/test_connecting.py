@@ -93,7 +93,7 @@ async def test_the_servers_own_limits_are_set_and_the_url_goes_before(url: str, 
 
 @pytest.mark.servers
 async def test_a_statement_over_its_time_is_the_statements_own_error(url: str) -> None:
-    async with open_store(url, name="t", statement_timeout_ms=50) as store:
+    async with open_store(url, name="t", statement_timeout_ms=500) as store:
         transaction = await store.begin()
         with pytest.raises(psycopg.errors.QueryCanceled):
             await transaction.execute("select pg_sleep(60)", ())

@@ -203,7 +203,7 @@ async def test_a_statement_of_ours_that_the_server_cancels_is_a_server_to_wait_f
     query("create function slow() returns trigger language plpgsql as 'begin perform pg_sleep(5); return old; end'")
     query("create trigger slow before delete on orderbus.outbox for each row execute function slow()")
     await emit(store, [row(1)])
+    page = await store.outbox.read(ALL, 0, 10, PLENTY)
     async with open_store(url, name="slow", statement_timeout_ms=200) as slow:
-        page = await slow.outbox.read(ALL, 0, 10, PLENTY)
         with pytest.raises(UnavailableError, match="canceling statement due to statement timeout"):
             await slow.outbox.delete(page.rows)

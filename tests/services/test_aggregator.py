@@ -95,6 +95,7 @@ async def test_answers_that_come_twice_finish_an_order_once(shop: Shop, answers:
         await say_one_by_one(shop, *answers)
 
         assert await shop.rows(ORDERS) == [("confirmed", None, "authorized", "reserved", True)]
+        await shop.until_heard(OrderConfirmed, 1)
     assert shop.count(OrderConfirmed) == 1
     assert shop.count(OrderCancelled) == 0
 
@@ -109,16 +110,16 @@ async def test_an_answer_for_a_finished_order_changes_nothing(shop: Shop, late: 
         await say_one_by_one(shop, late)
 
         assert await shop.rows("select * from orders") == before
+        await shop.until_heard(OrderCancelled, 1)
     assert shop.count(OrderCancelled) == 1
     assert shop.count(OrderConfirmed) == 0
 
 
 async def test_an_order_without_an_answer_is_cancelled_at_its_deadline(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORDER_DEADLINE_S", "0.05")
+    await shop.place_silently(order(1), order(2))
+    await shop.change("update orders set placed_at = now() + interval '1 hour' where order_id = '" + str(UUID(int=2)) + "'")
     async with shop.running(aggregator.bus):
-        await shop.place_silently(order(1), order(2))
-        await shop.change("update orders set placed_at = now() + interval '1 hour' where order_id = '" + str(UUID(int=2)) + "'")
-
         await shop.until_heard(OrderCancelled, 1)
         await say_one_by_one(shop, PAID, HELD)
 

@@ -25,6 +25,7 @@ from orderbus._core.topology import EVENTS_EXCHANGE
 from services import notification
 from services.notification.senders import open_sender
 from services.shared.events import OrderCancelled, OrderConfirmed
+from tests.servers import free_port
 from tests.services.shop import CUSTOMER, Shop, until, until_handled, until_stats
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -65,7 +66,7 @@ class Mailbox:
 @contextmanager
 def mail_server(mailbox: Mailbox, port: int = 0) -> Iterator[int]:
     """A real SMTP server on a thread of its own."""
-    controller = Controller(mailbox, hostname="127.0.0.1", port=port or _free_port())
+    controller = Controller(mailbox, hostname="127.0.0.1", port=port or free_port())
     controller.start()
     try:
         yield controller.port
@@ -215,7 +216,7 @@ async def test_a_mail_that_will_never_be_taken_is_parked_at_once(
 
 async def test_while_the_mail_server_is_away_notices_wait_and_none_is_parked(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     mailbox = Mailbox()
-    port = _free_port()
+    port = free_port()
     monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}")
     async with shop.running(notification.bus):
         await shop.say(CONFIRMED)
@@ -275,9 +276,3 @@ async def test_while_nobody_listens_at_the_webhook_notices_wait(shop: Shop, monk
             await until(look)
             await until_handled(notification.bus, 1)
         assert notification.bus.stats.failed == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

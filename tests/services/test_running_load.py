@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +19,7 @@ from services.demo.processes import Child, wait_until_ready
 from tests.faults.world import ROOT
 from tests.load import running
 from tests.load.__main__ import broken
+from tests.servers import free_port
 
 ORDER = {
     "customer_id": "00000000-0000-0000-0000-000000000001",
@@ -32,9 +32,7 @@ LIMIT_S = 60.0
 @pytest.fixture
 def api_url(shop_database_url: str, tmp_path: Path) -> Iterator[str]:
     """The six services in one process, on the broker inside it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         "ORDERS_API_PORT": str(port),
         "ORDERBUS_BROKER_URL": f"memory://{secrets.token_hex(4)}",

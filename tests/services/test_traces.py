@@ -20,6 +20,7 @@ import pytest
 
 from services.demo.processes import Child, wait_until_ready, wait_until_said
 from tests.faults.world import ROOT
+from tests.servers import free_port
 from tests.services.collector import Collector, Span, collecting
 
 pytestmark = pytest.mark.servers
@@ -53,9 +54,7 @@ def shop_url(
     request: pytest.FixtureRequest, collector: Collector, shop_database_url: str, tmp_path: Path
 ) -> Iterator[tuple[str, bool]]:
     """The six services, in one process on the memory broker, or each in its own on RabbitMQ and Redis; their URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     is_apart = request.param == "apart"
     environment = {
         "ORDERS_API_PORT": str(port),
@@ -205,9 +204,7 @@ def test_a_collector_that_is_away_holds_nothing_up_and_is_told_of_once(
 
 def test_a_collector_that_is_full_holds_no_order_up_and_is_told_of_once(shop_database_url: str, tmp_path: Path) -> None:
     """What a collector answers whose Elasticsearch is full, when it has no room itself any more."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with collecting(status=503) as full, psycopg.connect(shop_database_url, autocommit=True) as connection:
         environment = {
             "ORDERS_API_PORT": str(port),

@@ -11,7 +11,7 @@ from orderbus import Bus
 from services import aggregator, inventory, notification, payment
 from services.shared.database import sku
 from services.shared.events import Line, OrderCancelled, OrderConfirmed, OrderPlaced, PaymentDeclined, StockRejected
-from tests.services.shop import Shop, order, until_stats
+from tests.services.shop import Shop, order, until, until_stats
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
@@ -109,6 +109,7 @@ async def _run(shop: Shop, orders: list[OrderPlaced]) -> None:
         await until_stats(notification.bus, lambda stats: stats.handled == len(orders))
         await shop.until_rows(MONEY, [(0, 0, 0, 0)])
         await shop.until_rows("select count(*) from orderbus.outbox", [(0,)])
+        await until(lambda: _heard_ends(shop, len(orders)))
 
         assert [bus.stats.parked for bus in (payment.bus, inventory.bus, aggregator.bus, notification.bus)] == [0] * 4
         assert payment.bus.stats.retried > 0
@@ -116,6 +117,11 @@ async def _run(shop: Shop, orders: list[OrderPlaced]) -> None:
     assert await shop.rows(STOCK) == [(0,)]
     ends = [event.order_id for event in shop.heard if isinstance(event, (OrderConfirmed, OrderCancelled))]
     assert sorted(ends) == sorted(placed.order_id for placed in orders)
+
+
+async def _heard_ends(shop: Shop, count: int) -> tuple[bool, object]:
+    heard = shop.count(OrderConfirmed) + shop.count(OrderCancelled)
+    return heard >= count, heard
 
 
 def _rush(count: int) -> list[OrderPlaced]:
