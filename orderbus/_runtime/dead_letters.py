@@ -44,7 +44,7 @@ class Outcome(enum.Enum):
     REFUSED = "refused"
     """It would be no use; it stays."""
     FAILED = "failed"
-    """The broker did not confirm it. It stays, and may be in its queue as well: doing it again does no harm."""
+    """The broker did not confirm it. It may be here, and in its queue as well: doing it again does no harm."""
 
 
 class Looked(msgspec.Struct, frozen=True):
@@ -184,23 +184,23 @@ class DeadLetters:
         keep: Callable[[Sequence[Incoming]], None] | None = None,
         tell: Tell | None = None,
     ) -> Tally:
-        """Remove the oldest wanted letters (up to `limit`) for good, after `keep` has stored them. Raises as `list` does."""
+        """Remove the oldest wanted letters (up to `limit`) for good, after `keep` has stored them. Raises as `list` does.
+
+        A letter is told of as purged once the broker has taken its acknowledgement; as failed where the broker was lost before.
+        """
         count = _Count(tell)
         async with look_into(self._broker, queue, hold) as look:
             while deliveries := await look.more():
                 chosen = _chosen(deliveries, wanted, limit, count)
                 if keep is not None and not dry_run:
                     keep([delivery for _, delivery in chosen])
-                for letter, delivery in chosen:
-                    if dry_run:
+                if dry_run:
+                    for letter, _ in chosen:
                         count(letter, Outcome.WOULD_PURGE)
-                    else:
-                        look.take(delivery)
-                        count(letter, Outcome.PURGED)
+                elif chosen:
+                    await _purge(look, chosen, count)
                 if count.reached(limit):
                     break
-            if count.counts[Outcome.PURGED]:
-                await look.flush()
         return Tally(queue, look.ready, look.looked_at, count.counts)
 
     async def edit(
@@ -364,6 +364,19 @@ def _chosen(
         found = found[: limit - count.chosen]
     count.chosen += len(found)
     return found
+
+
+async def _purge(look: Look, chosen: Sequence[tuple[Parked, Incoming]], count: _Count) -> None:
+    for _, delivery in chosen:
+        look.take(delivery)
+    try:
+        await look.flush()
+    except UnavailableError:
+        for letter, _ in chosen:
+            count(letter, Outcome.FAILED, "the broker was lost before it had taken the acknowledgement: it may be here again")
+        raise
+    for letter, _ in chosen:
+        count(letter, Outcome.PURGED)
 
 
 def _batches(chosen: Sequence[tuple[Parked, Incoming]], most: int) -> Iterator[Sequence[tuple[Parked, Incoming]]]:

@@ -7,10 +7,13 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -79,6 +82,20 @@ def lines_until(lines: Iterable[str], text: str) -> list[str]:
         if text in line:
             return seen
     raise AssertionError(f"{text!r} never came:\n{''.join(seen)}")
+
+
+@contextmanager
+def stranger(database_url: str) -> Iterator[tuple[str, str]]:
+    """A role without any right: its name, and the database's URL for it."""
+    name = f"stranger_{secrets.token_hex(4)}"
+    parts = urlsplit(database_url)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"create role {name} login")  # type: ignore[arg-type]
+        try:
+            yield name, urlunsplit(parts._replace(netloc=f"{name}@{parts.netloc.rpartition('@')[2]}"))
+        finally:
+            connection.execute(f"drop owned by {name}")  # type: ignore[arg-type]
+            connection.execute(f"drop role {name}")  # type: ignore[arg-type]
 
 
 @pytest.fixture

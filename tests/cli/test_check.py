@@ -20,7 +20,7 @@ from orderbus._core.topology import QueueNeed, topology_for
 from orderbus.adapters.postgres.rights import BUS, RELAY
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.cli.check_servers import _judged
-from tests.cli.conftest import ROOT, Project
+from tests.cli.conftest import ROOT, Project, stranger
 from tests.servers import Rabbit
 
 SHOP = """
@@ -184,26 +184,27 @@ def test_a_slow_answer_is_no_wrong_clock(ahead_s: float, unsure_s: float, status
 def test_a_role_that_lacks_rights_is_told_which(project: Project, database_url: str) -> None:
     project.environment["ORDERBUS_DATABASE_URL"] = database_url
     project.run("schema", "apply")
-    name = f"stranger_{secrets.token_hex(4)}"
-    parts = urlsplit(database_url)
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(f"create role {name} login")  # type: ignore[arg-type]
-        try:
-            connection.execute(f"grant usage on schema orderbus to {name}")  # type: ignore[arg-type]
-            connection.execute(f"grant select on all tables in schema orderbus to {name}")  # type: ignore[arg-type]
-            connection.execute(f"grant insert, delete on orderbus.inbox to {name}")  # type: ignore[arg-type]
-            project.environment["ORDERBUS_DATABASE_URL"] = urlunsplit(
-                parts._replace(netloc=f"{name}@{parts.netloc.rpartition('@')[2]}")
-            )
-            project.environment["ORDERBUS_RELAY"] = "false"
-            code, what = found(project)
-        finally:
-            connection.execute(f"drop owned by {name}")  # type: ignore[arg-type]
-            connection.execute(f"drop role {name}")  # type: ignore[arg-type]
+    with stranger(database_url) as (name, url), psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"grant usage on schema orderbus to {name}")  # type: ignore[arg-type]
+        connection.execute(f"grant select on all tables in schema orderbus to {name}")  # type: ignore[arg-type]
+        connection.execute(f"grant insert, delete on orderbus.inbox to {name}")  # type: ignore[arg-type]
+        project.environment |= {"ORDERBUS_DATABASE_URL": url, "ORDERBUS_RELAY": "false"}
+        code, what = found(project)
     lacking = (
         "insert on orderbus.consumer, insert on orderbus.outbox, usage on orderbus.outbox_id_seq, insert on orderbus.scheduled"
     )
     assert (code, what["rights"]["text"].partition(";")[0]) == (1, f"the role lacks {lacking}")
+
+
+@pytest.mark.servers
+def test_a_role_without_any_right_is_a_finding(project: Project, database_url: str) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    project.run("schema", "apply")
+    with stranger(database_url) as (_, url):
+        project.environment["ORDERBUS_DATABASE_URL"] = url
+        code, what = found(project)
+    assert (code, what["schema"]["status"]) == (1, "finding")
+    assert "permission denied for schema orderbus; the role needs usage on schema orderbus" in what["schema"]["text"]
 
 
 @pytest.mark.parametrize(("kind", "wanted"), [("service", BUS), ("relay", RELAY)])

@@ -7,7 +7,19 @@ import json
 import psycopg
 import pytest
 
-from tests.cli.conftest import Project
+from tests.cli.conftest import Project, stranger
+
+SHOP = """
+    from orderbus import Bus, Event, Tx
+
+    class Placed(Event, topic="orders.placed"):
+        n: int
+
+    bus = Bus("shop")
+
+    @bus.on(Placed)
+    async def pay(order: Placed, tx: Tx) -> None: ...
+"""
 
 
 @pytest.mark.servers
@@ -81,3 +93,41 @@ def test_upkeep_needs_the_schema_and_makes_the_coming_days_partitions(project: P
         connection.commit()
         assert project.run("schema", "upkeep").stdout.strip().endswith("is kept up")
         assert connection.execute(count).fetchone() == (10,)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("verb", "is_there", "needs"),
+    [
+        ("check", True, "usage on schema orderbus"),
+        ("upkeep", True, "usage on schema orderbus"),
+        ("apply", False, "create on the database"),
+        ("apply", True, "what owns the schema orderbus"),
+    ],
+)
+def test_a_role_without_rights_is_told_what_it_needs(
+    project: Project, database_url: str, verb: str, is_there: bool, needs: str
+) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    if is_there:
+        project.run("schema", "apply")
+    with stranger(database_url) as (_, url):
+        project.environment["ORDERBUS_DATABASE_URL"] = url
+        result = project.run("schema", verb)
+    assert result.exit_code == (1 if verb == "check" else 2)
+    [line] = result.stderr.splitlines()
+    assert "permission denied" in line
+    assert needs in line
+
+
+@pytest.mark.servers
+def test_a_service_without_rights_says_so_and_ends(project: Project, database_url: str) -> None:
+    project.environment["ORDERBUS_DATABASE_URL"] = database_url
+    project.run("schema", "apply")
+    with stranger(database_url) as (_, url):
+        project.environment["ORDERBUS_DATABASE_URL"] = url
+        project.write(SHOP)
+        code, _, errors = project.finish("run", project.bus)
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert "permission denied for schema orderbus; the role needs usage on schema orderbus" in errors.splitlines()[-1]

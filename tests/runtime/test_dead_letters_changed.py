@@ -15,7 +15,7 @@ from orderbus._core.topology import dead_letter_queue
 from orderbus._runtime.dead_letters import DeadLetters, Outcome
 from orderbus.abc import Broker
 from orderbus.adapters.memory import MemoryBroker
-from orderbus.errors import UsageError
+from orderbus.errors import UnavailableError, UsageError
 from tests.runtime.test_dead_letters import (
     MEMORY,
     anyio_backend,
@@ -72,6 +72,22 @@ async def test_what_could_not_be_stored_stays(broker: Broker, queue: str) -> Non
         await DeadLetters(broker).purge(dead_letter_queue(queue), keep=full)
     await holds(broker, dead_letter_queue(queue), 3)
     assert message_ids(await drained(broker, dead_letter_queue(queue))) == parked
+
+
+@pytest.mark.parametrize("flavour", MEMORY, indirect=True)
+async def test_what_the_broker_had_not_taken_when_it_went_is_not_told_of_as_purged(broker: MemoryBroker, queue: str) -> None:
+    parked = await park(broker, [letter(queue) for _ in range(3)])
+    told: list[tuple[str | None, Outcome]] = []
+
+    with pytest.raises(UnavailableError):
+        await DeadLetters(broker).purge(
+            dead_letter_queue(queue),
+            keep=lambda deliveries: broker.drop_connections(),
+            tell=lambda one, outcome, why: told.append((one.event_id, outcome)),
+        )
+
+    assert told == [(one, Outcome.FAILED) for one in parked]
+    await holds(broker, dead_letter_queue(queue), 3)
 
 
 async def test_an_edited_letter_goes_to_its_queue_and_is_no_longer_here(broker: Broker, queue: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orderbus import Bus, Park, Tx, UsageError, new_id
-from orderbus.testing.sim import Fault, ViolationError, World, explore, replay
+from orderbus.testing.sim import Fault, ViolationError, World, explore, faulty, replay
 from orderbus.testing.sim.decisions import FAULTS, Decision, parse, text
 from tests.programs import ROOT
 from tests.sim.core import CONSUMING, Paid, Placed, effects, ordered, placing, retries
@@ -185,6 +187,13 @@ def test_time_and_randomness_are_those_of_the_run_and_are_given_back() -> None:
 
 def test_each_fault_can_happen_to_something() -> None:
     assert set(Fault) == {fault for faults in FAULTS.values() for fault in faults}
+
+
+def test_each_operation_that_can_fail_has_its_faults() -> None:
+    """One that has none would be a KeyError in the run whose seed draws it."""
+    operations = set(re.findall(r'call\(self\._victim, "([a-z-]+)"', inspect.getsource(faulty)))
+    assert len(operations) > 10
+    assert operations <= FAULTS.keys()
 
 
 def test_a_dead_process_cleans_nothing_up() -> None:

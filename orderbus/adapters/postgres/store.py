@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+from psycopg import errors
 
 from orderbus.abc import InboxEntry
 from orderbus.adapters.postgres import inbox as inbox_table, schema
@@ -96,12 +97,22 @@ class PostgresStore:
         return EnlistedTransaction(connection, where=self._pool.where, limit_s=self._limit_s)
 
     async def check(self) -> None:
-        async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
+        needs = "usage on schema orderbus and select on orderbus.schema_version"
+        async with (
+            self._pool.connection() as connection,
+            _permitted(self._pool.where, needs),
+            limited(self._pool.where, self._limit_s),
+        ):
             await schema.check(connection)
 
     async def apply_schema(self) -> list[int]:
         """Bring the database to this library's schema version; which versions were applied."""
-        async with self._pool.connection(is_kept=False) as connection, limited(self._pool.where, self._limit_s):
+        needs = "create on the database, or what owns the schema orderbus where that is there already"
+        async with (
+            self._pool.connection(is_kept=False) as connection,
+            _permitted(self._pool.where, needs),
+            limited(self._pool.where, self._limit_s),
+        ):
             return await schema.apply(connection)
 
     async def maintain(self, window_s: float) -> None:
@@ -111,6 +122,7 @@ class PostgresStore:
         """
         async with (
             self._pool.connection(is_kept=False) as connection,
+            _permitted(self._pool.where, "what owns the schema orderbus"),
             limited(self._pool.where, self._limit_s, is_ours=True),
         ):
             await _require_ownership(connection, self._pool.where)
@@ -129,6 +141,15 @@ class PostgresStore:
         if unknown:
             async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
                 self._numbers.update(await inbox_table.number_consumers(connection, sorted(unknown)))
+
+
+@asynccontextmanager
+async def _permitted(where: str, needs: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except errors.InsufficientPrivilege as error:
+        text = str(error).strip().splitlines()[0]
+        raise UsageError(f"{where}: {text}; the role needs {needs}", code="OB504") from None
 
 
 async def _require_ownership(connection: Any, where: str) -> None:

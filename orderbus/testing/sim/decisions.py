@@ -88,6 +88,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "delete": _WRITES,
     "set-aside": _WRITES,
     "due": _SERVER,
+    "backlog": _SERVER,
     "maintain": _SERVER,
     "claim": _WRITES,
     "complete": _WRITES,
