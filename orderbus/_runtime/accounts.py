@@ -20,6 +20,8 @@ from orderbus.errors import MessageError, TransientError, UnavailableError
 
 log = logging.getLogger("orderbus.consumer")
 
+_PROCESSES = {"messaging.operation.name": "process"}
+
 
 class Accounts:
     """The counts, histograms and log lines of one queue's consumer. No line has a key or a body: they may be about a person."""
@@ -48,7 +50,8 @@ class Accounts:
         if not metrics.records:
             return
         took_s = anyio.current_time() - began
-        attributes = {"orderbus.consumer": works[0].route.handler.consumer}
+        consumer = works[0].route.handler.consumer
+        attributes = {"messaging.system": self._env.tracing.system, **_PROCESSES, "orderbus.consumer": consumer}
         failed = next((bare(outcome) for outcome in outcomes if isinstance(outcome, Exception)), None)
         if failed is not None:
             metrics.process_duration.record(took_s, {**attributes, "error.type": type(failed).__name__})
@@ -56,7 +59,7 @@ class Accounts:
             metrics.process_duration.record(took_s, attributes)
         made = [uuid7_time_ms(work.id) for work, outcome in zip(works, outcomes, strict=True) if outcome is HANDLED]
         if oldest_ms := min((ms for ms in made if ms is not None), default=None):
-            metrics.lag.record(max(self._env.clock() - oldest_ms / 1000, 0.0), attributes)
+            metrics.lag.record(max(self._env.clock() - oldest_ms / 1000, 0.0), {"orderbus.consumer": consumer})
 
     def succeeded(self, works: Sequence[Work], outcomes: Sequence[str | Exception]) -> None:
         """Count those of a unit that were handled, now or before."""

@@ -288,6 +288,11 @@ class Engine:
             yield consumer.queue, consumer.in_hand, consumer.prefetch
 
     @property
+    def system(self) -> str:
+        """What OpenTelemetry's conventions call the broker."""
+        return self.tracing.system
+
+    @property
     def buckets(self) -> int | None:
         """How many of the outbox's 64 buckets its relay holds; None where it runs none."""
         return None if self._relay is None else self._relay.buckets

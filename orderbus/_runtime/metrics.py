@@ -20,7 +20,7 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from orderbus._runtime.stats import Stats
 from orderbus._runtime.tracing import library_version
 
-__all__ = ["Durations", "Metrics", "Observable", "meters"]
+__all__ = ["Durations", "Metrics", "Observable", "meters", "sends"]
 
 Attributes = Mapping[str, str | bool]
 DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
@@ -30,11 +30,19 @@ _NO_SPAN = Context({"orderbus.told": "later"})
 """Of what is recorded later, so that it is no exemplar of whichever span is current then. An empty context would mean the current one."""
 
 
+def sends(system: str) -> Attributes:
+    return {"messaging.system": system, "messaging.operation.name": "send"}
+
+
 class Observable(Protocol):
     """What is read of an open bus."""
 
     @property
     def group(self) -> str: ...
+
+    @property
+    def system(self) -> str:
+        """What the conventions call its broker."""
 
     @property
     def stats(self) -> Stats: ...
@@ -69,7 +77,13 @@ def _parked(bus: Observable) -> Iterable[tuple[float, Attributes]]:
 
 def _sent(bus: Observable) -> Iterable[tuple[float, Attributes]]:
     for outcome in ("relayed", "published", "dropped", "stuck"):
-        yield getattr(bus.stats, outcome), {"orderbus.group": bus.group, "orderbus.outcome": outcome}
+        yield getattr(bus.stats, outcome), {**sends(bus.system), "orderbus.group": bus.group, "orderbus.outcome": outcome}
+
+
+def _received(bus: Observable) -> Iterable[tuple[float, Attributes]]:
+    for queue, counts in list(bus.stats.queues.items()):
+        receives = {"messaging.system": bus.system, "messaging.operation.name": "receive"}
+        yield counts.received, {**receives, **_of_queue(bus, queue)}
 
 
 def _of_queues(field: str) -> Callable[[Observable], Iterable[tuple[float, Attributes]]]:
@@ -106,7 +120,7 @@ def _of_queue(bus: Observable, queue: str) -> Attributes:
 
 
 OBSERVED: Sequence[_Observed] = (
-    _Observed("counter", "messaging.client.consumed.messages", "{message}", "Deliveries received.", _of_queues("received")),
+    _Observed("counter", "messaging.client.consumed.messages", "{message}", "Deliveries received.", _received),
     _Observed("counter", "messaging.client.sent.messages", "{message}", "Events that left, by what became of them.", _sent),
     _Observed("counter", "orderbus.handled", "{message}", "Tries of handlers, by what became of them.", _handled),
     _Observed("counter", "orderbus.dead_letters", "{message}", "Messages moved to the dead letters.", _of_queues("letters")),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import anyio
 
@@ -20,13 +19,11 @@ from orderbus._core.outbox import Floor, first_per_key, idle_wait_s, stuck_retry
 from orderbus._core.policy import backoff_s
 from orderbus._core.settings import Settings
 from orderbus._core.topology import EVENTS_EXCHANGE, routing_key
+from orderbus._runtime.metrics import Metrics, sends
 from orderbus._runtime.stats import Stats
 from orderbus._runtime.tracing import Tracing
 from orderbus.abc import Backlog, Broker, OutboxRow, OutboxStore, Stuck
 from orderbus.errors import UnavailableError
-
-if TYPE_CHECKING:
-    from orderbus._runtime.metrics import Metrics
 
 log = logging.getLogger("orderbus.relay")
 
@@ -316,9 +313,6 @@ class _Sent:
         self.failure: UnavailableError | None = None
 
 
-_FAILED_SEND = {"messaging.operation.name": "send", "error.type": "UnavailableError"}
-
-
 async def publish_rows(
     broker: Broker, rows: Sequence[OutboxRow], tracing: Tracing | None, metrics: Metrics | None
 ) -> Sequence[Receipt]:
@@ -334,10 +328,11 @@ async def publish_rows(
     finally:
         if begun and tracing is not None:
             tracing.sent(begun, receipts)
-        if metrics is not None and metrics.records:
+        if tracing is not None and metrics is not None and metrics.records:
+            send = sends(tracing.system)
             metrics.operation_duration.record(
                 anyio.current_time() - began,
-                {"messaging.operation.name": "send"} if receipts is not None else _FAILED_SEND,
+                send if receipts is not None else {**send, "error.type": "UnavailableError"},
             )
     return receipts
 

@@ -119,8 +119,8 @@ class Tracing:
         self.records = not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider))
         """Whether an SDK is installed."""
         self._tracer = provider.get_tracer("orderbus", library_version())
+        self.system = system
         self._group = group
-        self._system = system
         self._database = database
         self._untold: list[_End | _Settle] = []
         self._has_untold = anyio.Event()
@@ -201,7 +201,7 @@ class Tracing:
 
     def _process_attributes(self, work: Work) -> Attributes:
         attributes: dict[str, str | int | float | bool] = {
-            "messaging.system": self._system,
+            "messaging.system": self.system,
             "messaging.operation.name": "process",
             "messaging.operation.type": "process",
             "messaging.destination.name": work.route.topic,
@@ -240,7 +240,7 @@ class Tracing:
             trace.set_span_in_context(spans[0]),
             SpanKind.INTERNAL,
             {
-                "messaging.system": self._system,
+                "messaging.system": self.system,
                 "messaging.batch.message_count": len(works),
                 "orderbus.consumer": handler.consumer,
             },
@@ -260,7 +260,7 @@ class Tracing:
             trace.set_span_in_context(settle.parent, Context()),  # and not in that of whoever happens to tell
             SpanKind.CLIENT,
             {
-                "messaging.system": self._system,
+                "messaging.system": self.system,
                 "messaging.operation.name": settle.how,
                 "messaging.operation.type": "settle",
                 "messaging.destination.name": settle.queue,
@@ -316,7 +316,7 @@ class Tracing:
                 continue
             message = messages[n]
             attributes: dict[str, str | int | float | bool] = {
-                "messaging.system": self._system,
+                "messaging.system": self.system,
                 "messaging.operation.name": "send",
                 "messaging.operation.type": "send",
                 "messaging.destination.name": row.topic,
@@ -349,7 +349,7 @@ class Tracing:
                     trace.set_span_in_context(work.span),
                     SpanKind.PRODUCER,
                     {
-                        "messaging.system": self._system,
+                        "messaging.system": self.system,
                         "messaging.operation.name": "send",
                         "messaging.operation.type": "send",
                         "messaging.destination.name": outgoing.exchange or outgoing.routing_key,

@@ -14,9 +14,10 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 
-from orderbus import Delivery, Event, Park, Retry, Tx
+from orderbus import Delivery, Event, Park, Retry, Tx, UnavailableError
 from orderbus._core.ids import uuid7
 from orderbus._runtime.metrics import meters
+from orderbus.adapters.postgres import open_store
 from tests.faults.world import ROOT
 from tests.runtime.world import Log, Noted, Paid, Placed, World, until
 
@@ -120,6 +121,19 @@ async def test_what_is_recorded_later_is_counted_whole_and_is_no_example_of_the_
     assert (point.count, point.exemplars) == (1000, [])
 
 
+@pytest.mark.servers
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_wait_for_a_connection_counts_where_it_was_in_vain_too(measured: Measured, database_url: str) -> None:
+    async with open_store(database_url, name="small", pool_size=1, acquire_s=0.05) as store:
+        transaction = await store.begin()
+        with pytest.raises(UnavailableError, match="stayed in use"):
+            await store.begin()
+        await transaction.rollback()
+
+    (point,) = measured("db.client.connection.wait_time", db__client__connection__pool__name="small")
+    assert point.max >= 0.05
+
+
 async def test_durations_and_lags_are_recorded_once_a_unit(world: World, measured: Measured) -> None:
     bus, log = world.bus("shop"), Log()
 
@@ -136,7 +150,8 @@ async def test_durations_and_lags_are_recorded_once_a_unit(world: World, measure
         assert measured.value("orderbus.deliveries.in_hand", **queue) == 0
         assert measured.value("orderbus.deliveries.limit", **queue) == 200
 
-    (duration,) = measured("messaging.process.duration", orderbus__consumer="shop.orders.placed")
+    process = {"messaging__system": "memory", "messaging__operation__name": "process"}
+    (duration,) = measured("messaging.process.duration", orderbus__consumer="shop.orders.placed", **process)
     (lag,) = measured("orderbus.lag")
     assert duration.count == lag.count < 10
     assert lag.max > 59  # the clock of a virtual loop begins a moment before

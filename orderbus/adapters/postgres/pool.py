@@ -49,12 +49,12 @@ class Pool:
             async with asyncio.timeout(self._acquire_s):
                 await self._places.acquire()
         except TimeoutError as error:
+            self._waited(began)
             raise UnavailableError(
                 f"{self.where}: all {self._size} connections stayed in use for {self._acquire_s:g} s; raise pool_size, "
                 "or shorten what handlers do inside their transactions"
             ) from error
-        if self._metrics.records:
-            self._metrics.connection_wait.record(time.perf_counter() - began, {"db.client.connection.pool.name": self._name})
+        self._waited(began)
         try:
             if self._is_closed:
                 raise UnavailableError(f"{self.where}: the store is closed")
@@ -67,6 +67,10 @@ class Pool:
         except BaseException:
             self._places.release()
             raise
+
+    def _waited(self, since: float) -> None:
+        if self._metrics.records:
+            self._metrics.connection_wait.record(time.perf_counter() - since, {"db.client.connection.pool.name": self._name})
 
     def release(self, connection: Connection) -> None:
         """Take a connection back. One that is not idle is closed, so that the server rolls back what was open on it.
