@@ -112,11 +112,12 @@ compose-test: setup ## The compose stack, really run on a local Docker engine
 	$(BIN)/python -m tests.compose
 
 .PHONY: check
-check: setup ## ruff, mypy, import-linter
+check: setup ## ruff (with its rules for security), mypy, import-linter, pip-audit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.security.audit
 
 .PHONY: audit
 audit: setup ## Known vulnerabilities of what is installed; says so where they can't be looked up

@@ -36,6 +36,9 @@ def export_letters(
     choice: LetterFilter,
     limit: Most = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="A new file; stdout unless given.")] = None,
+    audit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append the audit lines, which go to stderr, to this file, too.")
+    ] = None,
 ) -> None:
     """Write dead letters as JSON lines: exact bytes (in base64), all headers. They stay where they are.
 
@@ -43,7 +46,7 @@ def export_letters(
     """
     found = find_queues(queues.named)
     exported = dict.fromkeys(found.names, 0)
-    with writer(output) as keep:
+    with audited("dlq export", audit) as note, writer(output) as keep:
 
         async def export(letters: DeadLetters, name: str) -> Looked:
             def store(deliveries: Sequence[Incoming]) -> None:
@@ -52,7 +55,11 @@ def export_letters(
 
             return await letters.visit(name, store, choice.wanted, limit=limit, hold=choice.hold)
 
-        looks = on_each(found, export)
+        try:
+            looks = on_each(found, export)
+        finally:
+            for name, count in exported.items():
+                note("exported", queue=name, count=count)
     complain(f"{sum(exported.values())} letters exported")
     left = [
         f"{look.queue}: {look.looked_at} of {look.ready} letters were looked at; raise --hold to export more"

@@ -34,7 +34,7 @@ from orderbus.errors import UnavailableError, UsageError
 
 EXAMPLE = "Example: orderbus explain 0199f3c2-7b1e-7cc3-98c4-dc0c0c07398f services.payment:bus services.inventory:bus"
 
-Status = Literal["found", "absent", "unknown", "away"]
+Status = Literal["found", "absent", "unknown", "away", "refused"]
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -56,7 +56,8 @@ def explain(
 ) -> None:
     """Tell an event's story: is it in the outbox, who has handled it, where is it parked and why? Changes nothing.
 
-    Exit code 1: nothing is known of it; 4: nothing is known, or not all, since a server is not available.
+    Exit code 1: nothing is known of it; 2: nothing is known, or not all, for want of a right or of the schema; 4: since a server
+    is not available.
     """
     buses = load_buses(targets or [])
     settings = {bus.group: settings_of(bus) for bus in buses} or {"": settings_without_broker()}
@@ -71,13 +72,15 @@ def explain(
     else:
         console().print(Text.assemble((str(event_id), "bold"), f": {when}"), soft_wrap=True)
         for fact in facts:
-            style = {"found": "green", "absent": "dim", "unknown": "yellow", "away": "red"}[fact.status]
+            style = {"found": "green", "absent": "dim", "unknown": "yellow", "away": "red", "refused": "red"}[fact.status]
             console().print(
                 Text.assemble((f"{fact.status:<8}", style), (f"{fact.place}: ", "bold"), plain(fact.text)), soft_wrap=True
             )
     statuses = {fact.status for fact in facts}
     if "away" in statuses:
         raise typer.Exit(ExitCode.UNAVAILABLE)
+    if "refused" in statuses:
+        raise typer.Exit(ExitCode.USAGE)
     if "found" not in statuses:
         raise typer.Exit(ExitCode.FINDINGS)
 
@@ -116,8 +119,10 @@ async def _asked(facts: list[Fact], what: str, look: Callable[..., Awaitable[Non
         return
     try:
         await look()
-    except (UnavailableError, UsageError) as error:
+    except UnavailableError as error:
         facts.append(Fact(what, "away", str(error)))
+    except UsageError as error:
+        facts.append(Fact(what, "refused", str(error)))
 
 
 async def _in_database(facts: list[Fact], event_id: UUID, url: str, handlers: Sequence[Handler]) -> None:

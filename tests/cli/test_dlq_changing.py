@@ -119,7 +119,10 @@ class TestFiles:
     def test_what_is_there_already_is_not_put_there_again(self, project: Project, letters: Letters, tmp_path: Path) -> None:
         letters.park(3)
         file = str(Path(tmp_path, "copy.jsonl"))
-        assert project.run("dlq", "export", letters.queue, "--output", file).exit_code == 0
+        audit = Path(tmp_path, "audit.jsonl")
+        assert project.run("dlq", "export", letters.queue, "--output", file, "--audit", str(audit)).exit_code == 0
+        note = json.loads(audit.read_text())
+        assert (note["audit"], note["outcome"], note["queue"], note["count"]) == ("dlq export", "exported", letters.dlq, 3)
         letters.settled_at(0, 3)
         (*_, done) = lines(project, "import", file, "--yes")
         assert (done["imported"], done["present"]) == (0, 3)

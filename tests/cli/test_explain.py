@@ -19,7 +19,7 @@ from orderbus.abc import InboxEntry
 from orderbus.adapters.postgres import open_store
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.adapters.redis import open_claims
-from tests.cli.conftest import LIMIT_S, Project, delete_queues
+from tests.cli.conftest import LIMIT_S, Project, delete_queues, stranger
 from tests.cli.test_outbox import Outbox
 
 pytestmark = pytest.mark.servers
@@ -159,3 +159,12 @@ def test_a_server_that_is_away_is_said_and_the_others_answer(story: Story) -> No
     [(status, text)] = told["broker amqp://someone:***@127.0.0.1:1/"]
     assert (status, "127.0.0.1:1" in text, "secret" in text) == ("away", True, False)
     assert told[f"claim of {story.group}.mail"][0][0] == "away"
+
+
+def test_a_place_that_may_not_be_read_is_refused_and_the_others_answer(story: Story) -> None:
+    with stranger(story.project.environment["ORDERBUS_DATABASE_URL"]) as (_, url):
+        story.project.environment["ORDERBUS_DATABASE_URL"] = url
+        told = story.told(story.outbox.waiting, code=2)
+    [(status, text)] = next(facts for place, facts in told.items() if place.startswith("database "))
+    assert (status, "permission denied for schema orderbus" in text) == ("refused", True)
+    assert told[f"queue {story.queue}"]

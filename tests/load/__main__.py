@@ -38,6 +38,8 @@ def broken(figures: Figures) -> list[str]:
     for name in ("lost", "doubled", "ghosts", "oversold", "money_off"):
         if count := getattr(figures, name):
             found.append(f"{name}: {count}")
+    if not figures.orders_accepted:
+        found.append("no order was accepted")
     if figures.orders_completed < figures.orders_accepted:
         found.append(f"{figures.orders_accepted - figures.orders_completed} orders did not finish")
     return found

@@ -50,6 +50,7 @@ def test_what_keeps_to_the_targets_is_not_broken() -> None:
         ({"dlq_ratio": 0.002}, "dead letters: 0.2 %, more than 0.1 %"),
         ({"lost": 1}, "lost: 1"),
         ({"orders_completed": 98}, "2 orders did not finish"),
+        ({"orders_accepted": 0, "orders_completed": 0}, "no order was accepted"),
     ],
 )
 def test_a_threshold_that_is_not_kept_is_named(changed: dict[str, Any], says: str) -> None:
