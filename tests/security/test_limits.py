@@ -21,6 +21,7 @@ from orderbus.adapters.rabbitmq.content import DeliverySink
 from orderbus.adapters.rabbitmq.encoder import MAX_BODY
 from orderbus.adapters.rabbitmq.fields import decode_properties, encode_headers
 from orderbus.adapters.rabbitmq.frames import FrameSplitter
+from orderbus.errors import MessageError
 from services.orders_api.http import Limits
 from tests.faults.hostile import props
 from tests.rabbitmq.hostile import deliver, frame, header
@@ -65,15 +66,54 @@ def test_a_body_of_the_worst_shape() -> None:
     assert peak < 40 * MIB
 
 
-def test_headers() -> None:
-    each = MOST_HEADER_BYTES // MOST_HEADERS - 20
-    table = encode_headers({f"header-{n:02d}": "x" * each for n in range(MOST_HEADERS)})
+def test_a_body_that_is_nothing_but_nesting() -> None:
+    body = b'{"items":' + b"[" * (MIB - 9)
+
+    def refused() -> None:
+        with pytest.raises(MessageError):
+            BodyDecoder(Worst, limit_bytes=MIB).decode(body, None)
+
+    peak = held(refused)
+
+    print(f"\na body of 1 MiB of nesting, refused: {peak / 1024:.0f} KiB beside it")
+    assert peak < MIB
+
+
+@pytest.mark.parametrize("levels", [1, 8])
+def test_headers(levels: int) -> None:
+    each = MOST_HEADER_BYTES // MOST_HEADERS - 20 - 10 * (levels - 1)
+    table = encode_headers({f"header-{n:02d}": nested("x" * each, levels - 1) for n in range(MOST_HEADERS)})
     raw = b"\x20\x00" + len(table).to_bytes(4, "big") + table
+    assert 0.8 * MOST_HEADER_BYTES < len(table) <= MOST_HEADER_BYTES
 
     peak = held(lambda: decode_properties(raw))
 
-    print(f"\n{MOST_HEADERS} headers of {len(table)} bytes, decoded: {peak / 1024:.0f} KiB")
-    assert peak < 4 * MOST_HEADER_BYTES
+    print(f"\n{MOST_HEADERS} headers of {len(table)} bytes and {levels} levels, decoded: {peak / 1024:.0f} KiB")
+    assert peak < 12 * MOST_HEADER_BYTES
+
+
+def nested(value: Any, levels: int) -> Any:
+    return {"n": nested(value, levels - 1)} if levels else value
+
+
+def test_a_body_that_is_larger_than_any_may_be() -> None:
+    size = MAX_BODY + MIB
+    piece = frame(3, 1, bytes(1 << 16))
+
+    def passed_over() -> DeliverySink:
+        splitter = FrameSplitter()
+        sink = DeliverySink("q", 1, decode_properties, lambda: None, MAX_BODY)
+        splitter.routes[1] = sink
+        splitter.feed(deliver(1, 1) + header(1, size, props(random.Random(1))))
+        for _ in range(size >> 16):
+            splitter.feed(piece)
+        assert len(sink.arrived) == 1
+        return sink
+
+    peak = held(passed_over)
+
+    print(f"\na body of {size // MIB} MiB, passed over: {peak / 1024:.0f} KiB")
+    assert peak < MIB
 
 
 def test_messages_in_hand() -> None:
@@ -120,6 +160,7 @@ async def test_bodies_of_requests_that_never_end(database_url: str) -> None:
     print(
         f"\na connection: {(idle - before) / SLOW / 1024:.0f} KiB; with a body of 1 MiB that does not end: {(slow - idle) / SLOW / MIB:.1f} MiB"
     )
+    assert idle - before < SLOW * 256 * 1024
     assert slow - before < SLOW * 4 * MIB
 
 
