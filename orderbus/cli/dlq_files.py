@@ -59,7 +59,8 @@ def export_letters(
             looks = on_each(found, export)
         finally:
             for name, count in exported.items():
-                note("exported", queue=name, count=count)
+                if count:
+                    note("exported", queue=name, count=count)
     complain(f"{sum(exported.values())} letters exported")
     left = [
         f"{look.queue}: {look.looked_at} of {look.ready} letters were looked at; raise --hold to export more"
