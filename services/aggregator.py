@@ -54,6 +54,10 @@ class Decided(msgspec.Struct, frozen=True):
 
 _decided: ContextVar[list[Decided]] = ContextVar("decided")
 
+REASONS = frozenset(
+    {"over-limit", "customer-blocked", "out-of-stock", "no-quantity", "unknown-article", "deadline", "unknown", "none"}
+)
+"""What a metric may be labelled with: a reason is text from another service."""
 FINISHED = get_meter("orders").create_counter("orders.finished", "{order}", "Orders that came to their end.")
 REVENUE = get_meter("orders").create_counter("orders.revenue", "{cent}", "The totals of confirmed orders.")
 END_TO_END = get_meter("orders").create_histogram(
@@ -78,7 +82,8 @@ async def count_what_is_finished(deliveries: Sequence[Delivery], call_next: Call
 
 
 def _count(one: Decided) -> None:
-    FINISHED.add(1, {"order.status": one.status, "order.reason": one.reason or "none"})
+    reason = one.reason or "none"
+    FINISHED.add(1, {"order.status": one.status, "order.reason": reason if reason in REASONS else "other"})
     END_TO_END.record(max(one.age_s, 0.0), {"order.status": one.status})
     if one.status == "confirmed":
         REVENUE.add(one.total_cents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from psycopg import sql
 
 from orderbus import Bus, Settings
 from orderbus.adapters.postgres import open_store
+from orderbus.telemetry import _quiet_exporters
 from services.orders_api.telemetry import Requests, Watched
 from tests.telemetry.spans import Recorded
 
@@ -69,3 +71,21 @@ def test_a_method_that_nobody_has_heard_of_makes_no_label(recorded: Recorded, mo
 class Headers(dict[str, str]):
     def get_all(self, key: str) -> list[str]:
         return [self[key]]
+
+
+def test_a_collector_that_is_away_is_told_of_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("orderbus.telemetry.time.monotonic", lambda: now)
+    exporter = logging.getLogger("opentelemetry.exporter.tests")
+    with _quiet_exporters(), caplog.at_level(logging.WARNING):
+        for second in range(130):
+            now = 1_000.0 + second
+            exporter.error("connection refused at try %d", second)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "connection refused at try 0",
+        "connection refused at try 60 (59 more since then)",
+        "connection refused at try 120 (59 more since then)",
+    ]
