@@ -59,6 +59,7 @@ REASONS = frozenset(
 )
 """What a metric may be labelled with: a reason is text from another service."""
 FINISHED = get_meter("orders").create_counter("orders.finished", "{order}", "Orders that came to their end.")
+PENDING = get_meter("orders").create_gauge("orders.pending", "{order}", "Orders that have not come to their end.")
 REVENUE = get_meter("orders").create_counter("orders.revenue", "{cent}", "The totals of confirmed orders.")
 END_TO_END = get_meter("orders").create_histogram(
     "orders.end_to_end",
@@ -132,6 +133,14 @@ async def cancel_overdue(deadline: Deadline) -> None:
             tx.emit(OrderCancelled(order_id=order_id, customer_id=customer_id, reason="deadline"))
     for _, _, age_s in overdue:
         _count(Decided("cancelled", "deadline", 0, age_s))
+
+
+@bus.every(10.0)
+async def count_pending(tx: Tx) -> None:
+    """How many orders are under way, for the metrics."""
+    row = await tx.fetch_one("select count(*) from (select from orders where status = 'pending' limit 100000) as pending")
+    assert row is not None
+    PENDING.set(int(row[0]))
 
 
 class Said(msgspec.Struct, frozen=True):
