@@ -41,10 +41,23 @@ def test_promtool_agrees(prometheus_program: str, arguments: tuple[str, ...]) ->
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_alert_has_a_case_that_fires() -> None:
+def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
-    fire = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
-    assert fire == {rule["alert"] for rule in RULES}
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    alerts = {rule["alert"] for rule in RULES}
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == alerts
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == alerts
+
+
+def test_each_alarm_of_the_broker_fires_alone() -> None:
+    tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
+    (alert,) = [rule for rule in RULES if rule["alert"] == "BrokerAlarm"]
+    on = [
+        {series["series"].partition("{")[0] for series in test["input_series"] if " 1x" in series["values"]}
+        for test in tests
+        if any(case["alertname"] == "BrokerAlarm" and case["exp_alerts"] for case in test["alert_rule_test"])
+    ]
+    assert sorted(on, key=str) == sorted(({name} for name in re.findall(r"rabbitmq_alarms_\w+", alert["expr"])), key=str)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
