@@ -12,7 +12,7 @@ from typing import Any
 
 DATA = "orderbus-data-metrics"
 """The data view that goes with the dashboards."""
-KINDS = {"percentile 99": "p99", "max": "max", "sum": "sum", "count": "count"}
+KINDS = {"percentile 99": "p99", "max": "max", "min": "min", "sum": "sum", "count": "count"}
 CONDITION = re.compile(r"(?P<equation>[A-Z][A-Z /*+()-]*) (?P<comparator>[<>]=?) (?P<threshold>[0-9.]+)")
 
 
@@ -22,19 +22,9 @@ def rules(source: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
-    condition = CONDITION.fullmatch(rule["fires"])
-    if condition is None:
-        raise ValueError(f"{rule['alert']}: 'fires: {rule['fires']}' should look like 'A / B > 0.001'")
-    criterion = {
-        "metrics": [_metric(name, of) for name, of in rule["of"].items()],
-        "equation": condition["equation"],
-        "comparator": condition["comparator"],
-        "threshold": [float(condition["threshold"])],
-        "timeSize": int(rule["over"][:-1]),
-        "timeUnit": rule["over"][-1],
-    }
+    conditions = [rule["fires"]] if isinstance(rule["fires"], str) else rule["fires"]
     params: dict[str, Any] = {
-        "criteria": [criterion],
+        "criteria": [_criterion(rule, condition) for condition in conditions],  # Kibana fires where all of them are true
         "alertOnNoData": False,
         "alertOnGroupDisappear": False,
         "searchConfiguration": {"index": DATA, "query": {"query": rule.get("query", ""), "language": "kuery"}},
@@ -49,6 +39,20 @@ def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": {"interval": "1m"},
         "params": params,
         "actions": [],
+    }
+
+
+def _criterion(rule: Mapping[str, Any], text: str) -> dict[str, Any]:
+    condition = CONDITION.fullmatch(text)
+    if condition is None:
+        raise ValueError(f"{rule['alert']}: 'fires: {text}' should look like 'A / B > 0.001'")
+    return {
+        "metrics": [_metric(name, of) for name, of in rule["of"].items() if name in condition["equation"]],
+        "equation": condition["equation"],
+        "comparator": condition["comparator"],
+        "threshold": [float(condition["threshold"])],
+        "timeSize": int(rule["over"][:-1]),
+        "timeUnit": rule["over"][-1],
     }
 
 
