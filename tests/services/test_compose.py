@@ -21,6 +21,93 @@ SECRETS = ("PASSWORD", "COOKIE", "KEY")
 VARIABLE = re.compile(r"\$\{([A-Z_]+)(:?[-?])?")
 
 
+OF_COMPOSE = {"name", "version", "include", "services", "networks", "volumes", "configs", "secrets"}
+OF_A_SERVICE = {
+    *("annotations", "attach", "blkio_config", "build", "cap_add", "cap_drop", "cgroup", "cgroup_parent", "command", "configs"),
+    *(
+        "container_name",
+        "cpu_count",
+        "cpu_percent",
+        "cpu_period",
+        "cpu_quota",
+        "cpu_rt_period",
+        "cpu_rt_runtime",
+        "cpu_shares",
+        "cpus",
+    ),
+    *(
+        "cpuset",
+        "credential_spec",
+        "depends_on",
+        "deploy",
+        "develop",
+        "device_cgroup_rules",
+        "devices",
+        "dns",
+        "dns_opt",
+        "dns_search",
+    ),
+    *("domainname", "entrypoint", "env_file", "environment", "expose", "extends", "external_links", "extra_hosts", "group_add"),
+    *("healthcheck", "hostname", "image", "init", "ipc", "isolation", "labels", "links", "logging", "mac_address", "mem_limit"),
+    *(
+        "mem_reservation",
+        "mem_swappiness",
+        "memswap_limit",
+        "network_mode",
+        "networks",
+        "oom_kill_disable",
+        "oom_score_adj",
+        "pid",
+    ),
+    *(
+        "pids_limit",
+        "platform",
+        "ports",
+        "privileged",
+        "profiles",
+        "pull_policy",
+        "read_only",
+        "restart",
+        "runtime",
+        "scale",
+        "secrets",
+    ),
+    *("security_opt", "shm_size", "stdin_open", "stop_grace_period", "stop_signal", "storage_opt", "sysctls", "tmpfs", "tty"),
+    *("ulimits", "user", "userns_mode", "volumes", "volumes_from", "working_dir"),
+}
+WITHIN = {
+    "build": {"context", "dockerfile", "dockerfile_inline", "args", "target", "cache_from", "labels", "network", "shm_size"},
+    "healthcheck": {"test", "interval", "timeout", "retries", "start_period", "start_interval", "disable"},
+    "logging": {"driver", "options"},
+}
+CONDITIONS = {"service_started", "service_healthy", "service_completed_successfully"}
+"""What the Compose Specification knows: a misspelled key is refused by some versions, and passed over by others."""
+
+
+def test_there_are_only_keys_that_compose_knows() -> None:
+    assert {key for key in STACK if not key.startswith("x-")} <= OF_COMPOSE
+    assert all(not one or one.keys() <= {"internal", "driver", "name"} for one in STACK["networks"].values())
+    assert not any(STACK["volumes"].values())
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_has_only_keys_that_compose_knows_and_names_what_there_is(name: str) -> None:
+    service = SERVICES[name]
+    assert service.keys() <= OF_A_SERVICE
+    for key, known in WITHIN.items():
+        assert service.get(key, {}).keys() <= known, key
+    for other, how in service.get("depends_on", {}).items():
+        assert other in SERVICES
+        assert how.keys() == {"condition"}
+        assert how["condition"] in CONDITIONS
+        if how["condition"] == "service_healthy":
+            assert SERVICES[other]["healthcheck"]["test"]
+    assert set(service["networks"]) <= STACK["networks"].keys()
+    sources = {volume.partition(":")[0] for volume in service.get("volumes", ())}
+    assert {source for source in sources if source[0] not in "./"} <= STACK["volumes"].keys()
+    assert all((COMPOSE / source).exists() for source in sources if source.startswith("./"))
+
+
 def test_env_example_has_every_variable_and_no_other() -> None:
     example = (COMPOSE / ".env.example").read_text()
     named = set(re.findall(r"^(?:# )?([A-Z_]+)=", example, re.MULTILINE))
