@@ -1,6 +1,7 @@
-"""`python -m compose.elastic.build`: dashboards.yml to dashboards.ndjson, which Kibana 8 and 9 import, and rules.yml to rules/.
+"""`python -m compose.elastic.build`: dashboards.yml to dashboards.ndjson, which Kibana imports from 8.9 on (9 as well), and rules.yml to rules/.
 
-A panel is a TSVB visualization that the dashboard holds by value; a data view for each index goes with them.
+A panel of lines is a TSVB visualization and one of text a Markdown visualization, both held by the dashboard itself; a panel with columns is a
+saved search beside it. A data view for each index goes with them.
 """
 
 from __future__ import annotations
@@ -29,29 +30,15 @@ def saved_objects(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "references": [],
         }
     for dashboard in source["dashboards"]:
+        for number, panel in enumerate(dashboard["panels"]):
+            if "columns" in panel:
+                yield _search(panel, f"{dashboard['id']}-{number}")
         yield _dashboard(dashboard, source["indices"])
 
 
 def _dashboard(dashboard: Mapping[str, Any], indices: Mapping[str, str]) -> dict[str, Any]:
-    panels = []
-    for number, panel in enumerate(dashboard["panels"]):
-        place = {"x": WIDTH * (number % 2), "y": HEIGHT * (number // 2), "w": WIDTH, "h": HEIGHT, "i": str(number)}
-        visualization = {
-            "title": panel["title"],
-            "type": "metrics",
-            "params": _lines(panel, indices[panel["index"]], f"{dashboard['id']}-{number}"),
-            "uiState": {},
-            "data": {"aggs": [], "searchSource": {"query": {"query": "", "language": "kuery"}, "filter": []}},
-        }
-        panels.append(
-            {
-                "type": "visualization",
-                "gridData": place,
-                "panelIndex": str(number),
-                "embeddableConfig": {"savedVis": visualization, "enhancements": {}},
-                "title": panel["title"],
-            }
-        )
+    panels = [_panel(panel, number, dashboard["id"], indices) for number, panel in enumerate(dashboard["panels"])]
+    searches = [number for number, panel in enumerate(dashboard["panels"]) if "columns" in panel]
     return {
         "id": dashboard["id"],
         "type": "dashboard",
@@ -68,9 +55,52 @@ def _dashboard(dashboard: Mapping[str, Any], indices: Mapping[str, str]) -> dict
                 "searchSourceJSON": json.dumps({"query": {"query": "", "language": "kuery"}, "filter": []})
             },
         },
-        "references": [],
+        "references": [
+            {"name": f"{number}:panel_{number}", "type": "search", "id": f"{dashboard['id']}-{number}"} for number in searches
+        ],
         "coreMigrationVersion": "8.8.0",
-        "typeMigrationVersion": "8.9.0",
+        "typeMigrationVersion": "8.9.0",  # an older Kibana refuses what is of a later version than it knows
+    }
+
+
+def _panel(panel: Mapping[str, Any], number: int, dashboard: str, indices: Mapping[str, str]) -> dict[str, Any]:
+    place = {"x": WIDTH * (number % 2), "y": HEIGHT * (number // 2), "w": WIDTH, "h": HEIGHT, "i": str(number)}
+    found: dict[str, Any] = {"type": "visualization", "gridData": place, "panelIndex": str(number)}
+    if "columns" in panel:
+        found |= {"type": "search", "panelRefName": f"panel_{number}", "embeddableConfig": {"enhancements": {}}}
+    else:
+        is_text = "markdown" in panel
+        visualization = {
+            "title": panel["title"],
+            "type": "markdown" if is_text else "metrics",
+            "params": _text(panel) if is_text else _lines(panel, indices[panel["index"]], f"{dashboard}-{number}"),
+            "uiState": {},
+            "data": {"aggs": [], "searchSource": {"query": {"query": "", "language": "kuery"}, "filter": []}},
+        }
+        found["embeddableConfig"] = {"savedVis": visualization, "enhancements": {}}
+    return found | {"title": panel["title"]}
+
+
+def _text(panel: Mapping[str, Any]) -> dict[str, Any]:
+    return {"fontSize": 12, "openLinksInNewTab": True, "markdown": panel["markdown"].strip()}
+
+
+def _search(panel: Mapping[str, Any], ident: str) -> dict[str, Any]:
+    index = "kibanaSavedObjectMeta.searchSourceJSON.index"
+    query = {"query": panel.get("query", ""), "language": "kuery"}
+    return {
+        "id": ident,
+        "type": "search",
+        "attributes": {
+            "title": f"orderbus: {panel['title']}",
+            "description": "Made from compose/elastic/dashboards.yml",
+            "columns": panel["columns"],
+            "sort": [[panel["largest"], "desc"]],
+            "kibanaSavedObjectMeta": {"searchSourceJSON": json.dumps({"query": query, "filter": [], "indexRefName": index})},
+        },
+        "references": [{"name": index, "type": "index-pattern", "id": f"orderbus-data-{panel['index']}"}],
+        "coreMigrationVersion": "8.8.0",
+        "typeMigrationVersion": "7.9.3",
     }
 
 

@@ -19,6 +19,7 @@ from uuid import UUID
 import pytest
 import yaml
 
+from compose.elastic import build
 from compose.elastic.build import FOLDER, ndjson, read
 from compose.elastic.rules import DATA, rules
 from services.orders_api import openapi
@@ -86,6 +87,7 @@ def test_there_are_the_four_dashboards() -> None:
 
 @pytest.mark.parametrize(("dashboard", "panel"), PANELS, ids=[f"{name}: {panel['title']}" for name, panel in PANELS])
 def test_a_panel_shows_what_is_emitted(dashboard: str, panel: dict[str, Any]) -> None:
+    assert sum(kind in panel for kind in ("lines", "columns", "markdown")) == 1
     for field in fields(panel):
         if panel["index"] == "metrics":
             assert field in fields_of_metrics()
@@ -95,10 +97,40 @@ def test_a_panel_shows_what_is_emitted(dashboard: str, panel: dict[str, Any]) ->
             assert field in OF_SPANS or field.removeprefix("attributes.") in attributes_of_spans(), field
 
 
+def test_the_slowest_spans_and_the_service_map_are_with_the_traces() -> None:
+    (dashboard,) = [one for one in objects() if one["id"] == "orderbus-traces"]
+    panels = json.loads(dashboard["attributes"]["panelsJSON"])
+    (slowest,) = [panel for panel in panels if panel["type"] == "search"]
+    (reference,) = dashboard["references"]
+    assert reference["name"] == f"{slowest['panelIndex']}:{slowest['panelRefName']}"
+    (search,) = [one for one in objects() if (one["type"], one["id"]) == (reference["type"], reference["id"])]
+    assert search["attributes"]["sort"] == [["duration", "desc"]]
+    assert {"duration", "trace_id"} <= set(search["attributes"]["columns"])
+    texts = [panel["embeddableConfig"]["savedVis"]["params"].get("markdown", "") for panel in panels if panel != slowest]
+    assert sum("](/app/apm/service-map)" in text for text in texts) == 1
+
+
+def test_what_a_saved_object_refers_to_is_there() -> None:
+    known = {(one["type"], one["id"]) for one in objects()}
+    for one in objects():
+        assert {(reference["type"], reference["id"]) for reference in one["references"]} <= known
+        source = json.loads(one["attributes"].get("kibanaSavedObjectMeta", {}).get("searchSourceJSON", "{}"))
+        if "indexRefName" in source:
+            assert [reference["name"] for reference in one["references"]] == [source["indexRefName"]]
+
+
+def test_the_pages_name_the_kibana_that_takes_the_dashboards() -> None:
+    versions = {one["typeMigrationVersion"].rpartition(".")[0] for one in objects() if one["type"] == "dashboard"}
+    assert versions == {"8.9"}
+    assert build.__doc__ is not None
+    assert "Kibana imports from 8.9 on" in build.__doc__
+    assert "Kibana 8.9" in (ROOT / "docs" / "operations.md").read_text()
+
+
 def fields(panel: dict[str, Any]) -> set[str]:
-    """Every field that a panel names: of its lines, of what they are split by, of its query."""
-    of_lines = {line[part] for line in panel["lines"] for part in ("field", "by") if part in line}
-    return of_lines | set(re.findall(r"([\w@.]+):", panel.get("query", "")))
+    """Every field that a panel names: of its lines, of what they are split by, of its columns, of its query."""
+    of_lines = {line[part] for line in panel.get("lines", ()) for part in ("field", "by") if part in line}
+    return of_lines | set(panel.get("columns", ())) | set(re.findall(r"([\w@.]+):", panel.get("query", "")))
 
 
 def fields_of_metrics() -> set[str]:
