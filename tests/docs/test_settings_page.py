@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_type_hints
@@ -11,6 +12,9 @@ import msgspec
 import pytest
 
 from orderbus import Settings
+from orderbus._core.settings import LOG_LEVEL
+from orderbus.cli.run import run
+from orderbus.logs import LEVELS
 from services.aggregator import Deadline
 from services.notification import Notify
 from services.orders_api.http import Limits
@@ -25,7 +29,11 @@ SERVICES: dict[str, type[msgspec.Struct]] = {
     "NOTIFY_": Notify,
     "STOCK_": Stock,
 }
-READ_BY_HAND: dict[str, Any] = {"ORDERS_API_HOST": "127.0.0.1", "ORDERS_API_PORT": 8000}
+READ_BY_HAND: dict[str, Any] = {
+    LOG_LEVEL: inspect.signature(run).parameters["log_level"].default,
+    "ORDERS_API_HOST": "127.0.0.1",
+    "ORDERS_API_PORT": 8000,
+}
 ADDRESSES = ("ORDERBUS_BROKER_URL", "ORDERBUS_DATABASE_URL", "ORDERBUS_REDIS_URL")
 """Have no default: .env.example gives them servers of this machine."""
 
@@ -85,6 +93,10 @@ def test_the_bounds_are_those_in_the_code(name: str) -> None:
     for meta in get_args(SETTINGS[name][0])[1:]:
         for bound in (meta.ge, meta.gt, meta.le, meta.lt) if isinstance(meta, msgspec.Meta) else ():
             assert bound is None or re.search(rf"\b{bound}\b", allowed), f"{name}: {bound} is not in {allowed!r}"
+
+
+def test_the_levels_are_those_in_the_code() -> None:
+    assert page()[LOG_LEVEL][1] == ", ".join(f"`{level}`" for level in LEVELS)
 
 
 def test_env_example_is_accepted_as_it_is() -> None:

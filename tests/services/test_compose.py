@@ -111,7 +111,7 @@ def test_a_service_has_only_keys_that_compose_knows_and_names_what_there_is(name
 def test_env_example_has_every_variable_and_no_other() -> None:
     example = (COMPOSE / ".env.example").read_text()
     named = set(re.findall(r"^(?:# )?([A-Z_]+)=", example, re.MULTILINE))
-    assert named == {name for name, _ in VARIABLE.findall(TEXT)} - {"PIP_NO_INDEX"} | {"COMPOSE_PROJECT_NAME"}
+    assert named == {name for name, _ in VARIABLE.findall(TEXT)} | {"COMPOSE_PROJECT_NAME"}
 
 
 def test_env_example_gives_the_defaults_of_the_stack() -> None:
