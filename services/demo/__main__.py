@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from services.demo import queues
 from services.demo.figures import Figures, save, show
 from services.demo.page import write_page
 from services.demo.processes import ChildFailed, wait_until_ready, wait_until_said
@@ -60,7 +61,8 @@ def measure(
     asyncio.run(database.prepare(found.database_url))
     make_scarce(found.database_url)
     port = port or free_port()
-    processes = children(found.mode == "servers", found.environment() | surroundings(port), folder)
+    environment = found.environment() | surroundings(port) | {queues.TELL: "yes"}
+    processes = children(found.mode == "servers", environment, folder)
     plan = Plan(
         mode=found.mode,
         rate=rate,
@@ -70,6 +72,7 @@ def measure(
         url=f"http://127.0.0.1:{port}",
         database_url=found.database_url,
         folder=folder,
+        queues=queues.consumed(SERVICES),
         **more,
     )
     run = Run(plan, processes, found, console)
@@ -92,7 +95,7 @@ def measure(
     print("CPU by process, µs/order:", ", ".join(f"{name} {us:.0f}" for name, us in run.cpu_us().items()))
     print(f"\nOne order's timeline:\n{timeline}")
     save(figures, BUILD / "demo.json")
-    write_page(BUILD / "demo.html", figures, plan.rate, *run.curves(), timeline)
+    write_page(BUILD / "demo.html", figures, plan.rate, *run.charts(), timeline)
     console.print(f"figures: {BUILD / 'demo.json'}   curves: {BUILD / 'demo.html'}   logs: {folder}/")
     return figures
 

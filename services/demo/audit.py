@@ -73,18 +73,6 @@ select coalesce(percentile_cont(0.5) within group (order by ms), 0), coalesce(pe
 from (select extract(epoch from finished_at - placed_at) * 1000 as ms from orders
       where finished_at is not null and placed_at >= %s) spans"""
 
-_CURVES = """
-select second, sum(placed)::int, sum(finished)::int, max(p50), max(p99) from (
-    select extract(epoch from date_trunc('second', placed_at))::bigint as second, count(*) as placed, 0 as finished, null::float8 as p50,
-        null::float8 as p99
-    from orders group by 1
-    union all
-    select extract(epoch from date_trunc('second', finished_at))::bigint, 0, count(*),
-        percentile_cont(0.5) within group (order by extract(epoch from finished_at - placed_at) * 1000),
-        percentile_cont(0.99) within group (order by extract(epoch from finished_at - placed_at) * 1000)
-    from orders where finished_at is not null group by 1
-) seconds group by second order by second"""
-
 
 def audit(connection: psycopg.Connection[Any], accepted: Sequence[str], since: datetime) -> Audit:
     """Count. `accepted` are the order ids that the API answered with, `since` is when the run began."""
@@ -120,11 +108,6 @@ def end_to_end_ms(connection: psycopg.Connection[Any], since: datetime) -> tuple
     """The median and the 99th percentile from an order's acceptance to its end, in milliseconds."""
     p50, p99 = _row(connection, _E2E, since)
     return float(p50), float(p99)
-
-
-def curves(connection: psycopg.Connection[Any]) -> list[tuple[Any, ...]]:
-    """By second: orders placed, orders finished, end-to-end p50 and p99."""
-    return connection.execute(_CURVES).fetchall()
 
 
 def _total(connection: psycopg.Connection[Any], queries: dict[str, str]) -> int:

@@ -36,6 +36,8 @@ rng = random.Random(SEED)
 accepted: list[str] = []
 times_ms: dict[int, list[float]] = defaultdict(list)
 failures: dict[str, int] = defaultdict(int)
+answers: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+"""By second: status, or "none" where no answer came, → how often."""
 mismatched: list[str] = []
 
 
@@ -83,7 +85,7 @@ class Customer(User):
     def post(self, order: bytes, headers: str = "", *, repeated: bool = False) -> str | None:
         began = time.perf_counter()
         failure: Exception | None = None
-        answer = b""
+        status, answer = 0, b""
         try:
             status, answer = self.client.post("/orders", order, headers)
             if status not in (200, 201):
@@ -91,7 +93,9 @@ class Customer(User):
         except (OSError, HttpError) as error:
             failure = error
         elapsed_ms = (time.perf_counter() - began) * 1000
-        times_ms[int(time.time())].append(elapsed_ms)
+        second = int(time.time())
+        times_ms[second].append(elapsed_ms)
+        answers[second][str(status or "none")] += 1
         self.environment.events.request.fire(
             request_type="POST",
             name="/orders",
@@ -126,5 +130,6 @@ def report(environment: Any, **_: Any) -> None:
             "failures": failures,
             "mismatched": mismatched,
             "times_ms": {str(second): values for second, values in times_ms.items()},
+            "answers": {str(second): found for second, found in answers.items()},
         }
         Path(OUTPUT).write_bytes(orjson.dumps(result))

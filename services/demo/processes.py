@@ -77,17 +77,25 @@ class Child:
         assert self._process is not None
         return self._process.pid
 
-    def receipts(self) -> list[dict[str, object]]:
-        """The drain receipts that it printed, one JSON line each."""
+    def lines(self) -> list[bytes]:
+        """Everything that it has written."""
+        return [line for path in (self.log, self.out) for line in path.read_bytes().splitlines()]
+
+    def told(self, event: str) -> list[dict[str, object]]:
+        """The JSON lines of this kind that it printed, one after the other."""
         found = []
         for line in self.out.read_bytes().splitlines():
             try:
                 line_of = msgspec.json.decode(line, type=dict[str, object])
             except msgspec.DecodeError:
                 continue  # a line of another kind
-            if line_of.get("event") == "drained":
+            if line_of.get("event") == event:
                 found.append(line_of)
         return found
+
+    def receipts(self) -> list[dict[str, object]]:
+        """The drain receipts that it printed."""
+        return self.told("drained")
 
 
 def wait_until_ready(url: str, children: Iterable[Child], timeout_s: float = 60.0) -> None:

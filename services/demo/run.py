@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -15,10 +14,13 @@ import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from services.demo.audit import OUTBOXES, Audit, audit, curves, end_to_end_ms, unsettled
+from services.demo import curves, queues
+from services.demo.audit import OUTBOXES, Audit, audit, end_to_end_ms, unsettled
+from services.demo.curves import Curves
 from services.demo.figures import Figures
 from services.demo.processes import Child, CpuMeter
 from services.demo.servers import Servers
+from services.demo.watch import Watcher
 
 SETTLE_S = 90.0
 RESTART_AFTER_S = 1.0
@@ -44,6 +46,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Where locust writes its HTML."""
     away_s: float = RESTART_AFTER_S
     """How long the killed service stays away."""
+    queues: tuple[str, ...] = ()
+    """Whose depth is looked at once a second."""
 
 
 class Load(msgspec.Struct):
@@ -54,6 +58,7 @@ class Load(msgspec.Struct):
     failures: dict[str, int]
     mismatched: list[str]
     times_ms: dict[str, list[float]]
+    answers: dict[str, dict[str, int]] = {}
 
 
 class Run:
@@ -72,8 +77,8 @@ class Run:
         self._cpu_s: dict[str, float] = {}
         self._parked: int | None = None
         self._killed: set[str] = set()
-        self._waiting: dict[int, tuple[int, int]] = {}
-        """By second: orders that are pending, and rows in the outbox."""
+        self._watcher = Watcher(self._connection)
+        self._depths: queues.Depths = {}
 
     def load(self) -> None:
         """Send the orders, show how it goes, kill the chosen service at 40 % of the time and restart it a second later."""
@@ -105,15 +110,17 @@ class Run:
         arguments += ["--exit-code-on-error", "0", "--loglevel", "WARNING"]
         locust = Child("load", arguments, environment, plan.folder)
         meter = CpuMeter(self._children)
-        locust.start()
-        meter.add(locust)
-        self._watch(locust, meter)
+        with queues.watching(self._servers.broker_url, plan.queues) as watch:
+            locust.start()
+            meter.add(locust)
+            self._watch(locust, meter, watch)
+        self._depths = watch.depths if watch is not None else {}
         if not output.exists():
             locust.check()
         self._load = msgspec.json.decode(output.read_bytes(), type=Load)
         self._meter = meter
 
-    def _watch(self, locust: Child, meter: CpuMeter) -> None:
+    def _watch(self, locust: Child, meter: CpuMeter, watch: queues.QueueWatch | None) -> None:
         plan = self._plan
         began = time.monotonic()
         kill_at, restart_at = (began + 0.4 * plan.seconds, 0.0) if plan.kill else (0.0, 0.0)
@@ -137,25 +144,15 @@ class Run:
                     if child is not victim or (not restart_at):
                         child.check()
                 meter.look()
-                placed, finished = self._counts()
-                self._waiting[int(time.time())] = (placed - finished, self._outbox())
-                progress.update(
-                    bar, completed=min(now - began, plan.seconds), description=f"{placed} placed, {finished} finished"
-                )
+                seen = self._watcher.look()
+                if watch is not None:
+                    watch.look()
+                text = f"{seen.placed} placed, {seen.finished} finished"
+                progress.update(bar, completed=min(now - began, plan.seconds), description=text)
                 time.sleep(0.5)
         if victim is not None and restart_at:
             victim.start()
             meter.add(victim)
-
-    def _counts(self) -> tuple[int, int]:
-        row = self._connection.execute("select count(*), count(finished_at) from orders").fetchone()
-        assert row is not None
-        return row[0], row[1]
-
-    def _outbox(self) -> int:
-        row = self._connection.execute("select count(*) from orderbus.outbox").fetchone()
-        assert row is not None
-        return int(row[0])
 
     def settle(self) -> None:
         """Wait until every order is finished and every compensation done, or the time is up; then count."""
@@ -165,6 +162,7 @@ class Run:
             for child in self._children:
                 child.check()
             self._console.print(f"waiting for {left} to settle …")
+            self._watcher.look()
             time.sleep(0.25)
         self._meter.look()
         self._cpu_s = self._meter.seconds()
@@ -202,8 +200,8 @@ class Run:
             orders_completed=counted.completed,
             accepted_per_s=round(len(load.accepted) / seconds, 1),
             completed_per_s=round(counted.completed / self._until_last_finished(), 1),
-            api_p50_ms=round(_percentile(times, 0.5), 2),
-            api_p99_ms=round(_percentile(times, 0.99), 2),
+            api_p50_ms=round(curves.percentile(times, 0.5), 2),
+            api_p99_ms=round(curves.percentile(times, 0.99), 2),
             e2e_p50_ms=round(p50, 1),
             e2e_p99_ms=round(p99, 1),
             error_ratio=sum(load.failures.values()) / max(load.requests, 1),
@@ -222,30 +220,30 @@ class Run:
         orders = max(self._audit.orders, 1) if self._audit else 1
         return {name: seconds / orders * 1e6 for name, seconds in self._cpu_s.items()}
 
-    def curves(self) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
-        """By second, for the page: throughput, API latency, end-to-end latency, and what waits."""
+    def curves(self) -> tuple[list[int], dict[str, Curves]]:
+        """By second: throughput, API latency, end-to-end latency."""
+        rows = curves.speed_rows(self._connection)
+        times = self._times_ms()
+        seconds = curves.axis((int(row[0]) for row in rows), times)
+        return seconds, curves.speed(seconds, rows, times)
+
+    def charts(self) -> tuple[list[int], dict[str, Curves]]:
+        """Everything for the page. After the services have stopped: what they wrote is read, and much is asked of the database."""
         assert self._load is not None
-        rows = {int(row[0]): row[1:] for row in curves(self._connection)}
-        times = {int(second): values for second, values in self._load.times_ms.items()}
-        seconds = list(range(min([*rows, *times]), max([*rows, *times]) + 1)) if rows or times else []
-        return seconds, {
-            "Orders per second": {
-                "accepted": [rows[s][0] if s in rows else 0 for s in seconds],
-                "completed": [rows[s][1] if s in rows else 0 for s in seconds],
-            },
-            "API latency, ms": {
-                "p50": [_percentile(times[s], 0.5) if s in times else None for s in seconds],
-                "p99": [_percentile(times[s], 0.99) if s in times else None for s in seconds],
-            },
-            "End to end, ms": {
-                "p50": [rows[s][2] if s in rows else None for s in seconds],
-                "p99": [rows[s][3] if s in rows else None for s in seconds],
-            },
-            "Waiting": {
-                "orders pending": [self._waiting[s][0] if s in self._waiting else None for s in seconds],
-                "rows in the outbox": [self._waiting[s][1] if s in self._waiting else None for s in seconds],
-            },
-        }
+        seconds, found = self.curves()
+        found |= curves.business(seconds, curves.finished_rows(self._connection))
+        found |= curves.consumers(seconds, curves.handled_rows(self._connection))
+        found |= curves.answers(seconds, {int(second): answers for second, answers in self._load.answers.items()})
+        found |= curves.watched(seconds, self._watcher.samples, self._queue_depths())
+        found |= curves.logged(seconds, {child.name: child.lines() for child in self._children})
+        return seconds, found
+
+    def _times_ms(self) -> dict[int, list[float]]:
+        assert self._load is not None
+        return {int(second): values for second, values in self._load.times_ms.items()}
+
+    def _queue_depths(self) -> queues.Depths:
+        return self._depths or queues.told(line for child in self._children for line in child.told("queues"))
 
     def _busy_seconds(self) -> float:
         return self._span("max(placed_at)")
@@ -267,11 +265,3 @@ class Run:
                     retries += int(stats["retried"])
                     parked += int(stats["parked"])
         return retries, parked
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    if not values:
-        return 0.0
-    if len(values) < 100:
-        return sorted(values)[min(int(share * len(values)), len(values) - 1)]
-    return statistics.quantiles(values, n=100, method="inclusive")[int(share * 100) - 1]

@@ -8,8 +8,10 @@ from contextlib import AsyncExitStack
 import anyio
 
 from orderbus import collect_rarely
+from orderbus.adapters import memory
 from orderbus.telemetry import exported
 from services import aggregator, inventory, notification, orders_api, outbox_dispatcher, payment
+from services.demo import queues
 from services.orders_api.serve import serve
 from services.shared.logs import print_receipt, set_up_logs
 
@@ -21,6 +23,9 @@ async def main() -> None:
     async with AsyncExitStack() as stack:
         for bus in BUSES:
             await stack.enter_async_context(bus)
+        if os.environ.get(queues.TELL):
+            broker = await stack.enter_async_context(memory.open_broker(os.environ["ORDERBUS_BROKER_URL"], name="demo"))
+            await stack.enter_async_context(queues.telling(broker, queues.of_buses(BUSES)))
         collect_rarely()
         host, port = os.environ.get("ORDERS_API_HOST", "127.0.0.1"), int(os.environ.get("ORDERS_API_PORT", "8000"))
         await serve(orders_api.bus, host, port)
