@@ -72,13 +72,16 @@ PANELS: dict[tuple[str, str], Shown | Missing] = {
     ("orderbus-traces", "Duration p99, by span"): SPANS,
     ("orderbus-traces", "Failed spans, by name"): SPANS,
     ("orderbus-traces", "Tries by their outcome"): SPANS,
+    ("orderbus-traces", "The slowest spans (duration in ns)"): SPANS,
+    ("orderbus-traces", "Service map"): SPANS,
+    ("orderbus-business", "Orders under way"): Shown(("Waiting",)),
     ("orderbus-business", "Orders a second, by status"): Shown(("Orders finished per second, by status",)),
     ("orderbus-business", "Declined and rejected, by reason"): Shown(("Orders cancelled per second, by reason",)),
     ("orderbus-business", "Revenue a second"): Shown(("Revenue per second, cents",)),
     ("orderbus-business", "Stock"): Shown(("Stock, pieces of all articles", "Stock, pieces of the scarcest article")),
 }
 
-OF_THE_REPORT_ALONE = {"Orders per second", "Waiting"}
+OF_THE_REPORT_ALONE = {"Orders per second"}
 
 
 def test_every_panel_of_the_dashboards_has_its_chart_or_a_reason() -> None:
