@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gzip
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.telemetry.page import Entry, row_of_span
+
+KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
+LIMIT_S = 60.0
 
 
 class Span:
@@ -19,6 +24,7 @@ class Span:
     def __init__(self, service: str, span: Any) -> None:
         self.service = service
         self.name: str = span.name
+        self.kind = KINDS[span.kind]
         self.trace_id = span.trace_id.hex()
         self.span_id = span.span_id.hex()
         self.parent_id = span.parent_span_id.hex()
@@ -53,8 +59,44 @@ class Collector:
                         self.metrics.update({(service, metric.name): metric for metric in scope.metrics})
             self.changed.notify_all()
 
+    def until(self, is_there: Callable[[], bool]) -> None:
+        """Wait until what has arrived is as it should be."""
+        with self.changed:
+            assert self.changed.wait_for(is_there, LIMIT_S), [*self.spans, *self.metrics]
+
     def trace(self, trace_id: str) -> list[Span]:
+        """In the order in which they began."""
         return sorted((span for span in self.spans if span.trace_id == trace_id), key=lambda span: span.began_ns)
+
+    def sum(self, name: str, **attributes: str) -> int:
+        """Of a counter over all services; of the points that have these attributes, their dots written as two underscores."""
+        wanted = {key.replace("__", "."): value for key, value in attributes.items()}
+        return sum(
+            point.as_int
+            for (_, one), metric in self.metrics.items()
+            if one == name
+            for point in metric.sum.data_points
+            if wanted.items() <= {pair.key: _value(pair.value) for pair in point.attributes}.items()
+        )
+
+    def seen_metrics(self) -> dict[str, Entry]:
+        """What of each metric can be compared with the page."""
+        found: dict[str, Entry] = {}
+        for (_, name), metric in self.metrics.items():
+            points = getattr(metric, metric.WhichOneof("data")).data_points
+            attributes = frozenset(one.key for point in points for one in point.attributes)
+            entry = Entry(_kind(metric), metric.unit, attributes)
+            found[name] = found[name] | entry if name in found else entry
+        return found
+
+    def seen_spans(self) -> dict[str, Entry]:
+        """The same of the spans of each of the page's rows."""
+        found: dict[str, Entry] = {}
+        for span in self.spans:
+            row = row_of_span(span.name, span.attributes)
+            entry = Entry(span.kind, "", frozenset(span.attributes) - {"messaging.system", "db.system.name"})
+            found[row] = found[row] | entry if row in found else entry
+        return found
 
 
 @contextmanager
@@ -86,6 +128,13 @@ def collecting(status: int = 200) -> Iterator[Collector]:
 
 def _service(resource: Any) -> str:
     return next((one.value.string_value for one in resource.attributes if one.key == "service.name"), "")
+
+
+def _kind(metric: Any) -> str:
+    kind = str(metric.WhichOneof("data"))
+    if kind == "sum":
+        return "counter" if metric.sum.is_monotonic else "up-down counter"
+    return kind
 
 
 def _value(value: Any) -> Any:

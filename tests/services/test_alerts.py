@@ -22,6 +22,7 @@ from orderbus.adapters.rabbitmq import open_broker
 from services.demo.processes import Child, wait_until_said
 from tests.faults.world import ROOT
 from tests.servers import free_port, start_rabbit
+from tests.telemetry.page import listed_metrics
 
 FOLDER = ROOT / "compose" / "prometheus"
 LIMIT_S = 60.0
@@ -70,17 +71,15 @@ def test_each_alert_has_its_paragraph(rule: dict[str, Any]) -> None:
 def listed() -> dict[str, set[str]]:
     """The labels of each metric that docs/telemetry.md lists, under the names that Prometheus gives them."""
     found = {}
-    for line in (ROOT / "docs" / "telemetry.md").read_text().splitlines():
-        if (row := re.fullmatch(r"\| `([\w.]+)` \| (counter|gauge|histogram) \| (\S+) \| (.*?) \| .* \|", line)) is None:
-            continue
-        name = row[1].replace(".", "_") + ("_seconds" if row[3] == "s" else "")
-        labels = {label.replace(".", "_") for label in re.findall(r"`([\w.]+)`", row[4])}
-        if row[2] == "counter":
+    for metric, (kind, unit, attributes) in listed_metrics().items():
+        name = metric.replace(".", "_") + ("_seconds" if unit == "s" else "")
+        labels = {label.replace(".", "_") for label in attributes}
+        if kind == "counter":
             found[f"{name}_total"] = labels
-        elif row[2] == "gauge":
-            found[name] = labels
-        else:
+        elif kind == "histogram":
             found |= {f"{name}_bucket": labels | {"le"}, f"{name}_count": labels, f"{name}_sum": labels}
+        else:
+            found[name] = labels
     return found
 
 

@@ -26,6 +26,7 @@ from services.orders_api import openapi
 from tests.faults.world import ROOT
 from tests.services.test_alerts import RULES as PROMETHEUS_RULES, listed
 from tests.services.test_compose import OURS, SERVICES
+from tests.telemetry.page import attributes_of_spans
 
 SOURCE = read("dashboards.yml")
 RULES: list[dict[str, Any]] = read("rules.yml")["rules"]
@@ -138,11 +139,6 @@ def fields_of_metrics() -> set[str]:
     names = {re.sub(r"_(bucket|count|sum)$", "", name) for name in known} | known.keys() | OF_THE_BROKER
     labels = {label for of_one in known.values() for label in of_one} | {"queue", "vhost"}
     return {f"metrics.{name}" for name in names} | {f"attributes.{label}" for label in labels}
-
-
-def attributes_of_spans() -> set[str]:
-    page = (ROOT / "docs" / "telemetry.md").read_text().partition("## Metrics")[0]
-    return set(re.findall(r"`([a-z]+(?:\.[a-z_]+)+)`", page))
 
 
 # Rules

@@ -1,4 +1,4 @@
-"""One order, one trace: from the POST through the outbox to the notification, as a collector sees it."""
+"""One order, one trace: from the POST through the outbox to the notification, as a collector sees it; and that the page lists it all."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from uuid import UUID
 
-import httpx
 import psycopg
 import pytest
 
-from services.demo.processes import Child, wait_until_ready, wait_until_said
+from services.demo.processes import Child, wait_until_said
+from services.payment import Rules
 from tests.faults.world import ROOT
 from tests.servers import free_port
-from tests.services.collector import Collector, Span, collecting
+from tests.services.collector import LIMIT_S, Collector, Span, collecting
+from tests.services.observed import SERVICES, Services, ancestors, below, collector, place, services
+from tests.telemetry.page import differences, listed_metrics, listed_spans
+
+__all__ = ["collector", "services"]
 
 pytestmark = pytest.mark.servers
 
-LIMIT_S = 60.0
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-SERVICES = ("outbox_dispatcher", "payment", "inventory", "aggregator", "notification")
 SENT = [
     ("orders-api", "POST /orders"),
     ("outbox-dispatcher", "send orders.placed"),
@@ -41,94 +41,41 @@ SENT = [
     ("notification", "process orders.confirmed"),
 ]
 """Who makes which span of a confirmed order's way, besides those of the database and the settlements."""
+BELOW = {
+    "payment.orders.placed": ["BEGIN", "COMMIT", "process batch", "send payments.authorized", "settle"],
+    "inventory.orders.placed": ["BEGIN", "COMMIT", "process batch", "send inventory.reserved", "settle"],
+    "notification.orders.confirmed": ["settle"],
+}
+"""What hangs below the `process` of each queue; the aggregator may take both answers in one transaction, which then has no span."""
+STATEMENTS = {
+    "payment.orders.placed": ["INSERT"],
+    "inventory.orders.placed": ["INSERT", "SELECT", "UPDATE"],
+    "aggregator.answers": ["SELECT", "UPDATE"],
+}
+"""What hangs below the `process batch` of each queue."""
+OURS = ("messaging.", "orderbus.", "db.", "http.", "orders.")
+"""How the names of metrics begin that are not the SDK's own."""
+METRICS_NOT_PROVOKED = {"messaging.client.operation.duration: error.type": "every publish is confirmed"}
+SPANS_NOT_PROVOKED = {
+    "send <topic>: error.type": "every publish is confirmed",
+    "process batch <queue>: error.type": "no handler raises: payment gives single orders back, whose `process` has the error",
+    "BEGIN: error.type": "the database is there, and no statement is wrong",
+    "every <function>: error.type": "no round fails",
+}
 
 
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    with collecting() as collector:
-        yield collector
-
-
-@pytest.fixture(params=["together", "apart"])
-def shop_url(
-    request: pytest.FixtureRequest, collector: Collector, shop_database_url: str, tmp_path: Path
-) -> Iterator[tuple[str, bool]]:
-    """The six services, in one process on the memory broker, or each in its own on RabbitMQ and Redis; their URL."""
-    port = free_port()
-    is_apart = request.param == "apart"
-    environment = {
-        "ORDERS_API_PORT": str(port),
-        "ORDERBUS_BROKER_URL": request.getfixturevalue("vhost_url") if is_apart else f"memory://{secrets.token_hex(4)}",
-        "ORDERBUS_DATABASE_URL": shop_database_url,
-        "ORDERBUS_RELAY": "false",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
-        "OTEL_BSP_SCHEDULE_DELAY": "200",
-        "OTEL_METRIC_EXPORT_INTERVAL": "500",
-        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
-    }
-    if is_apart:
-        environment |= {
-            "ORDERBUS_REDIS_URL": request.getfixturevalue("redis_url"),
-            "ORDERBUS_REDIS_PREFIX": f"orderbus-test:{secrets.token_hex(6)}:",
-        }
-    with running(environment, tmp_path, is_apart=is_apart):
-        yield f"http://127.0.0.1:{port}", is_apart
-
-
-@contextmanager
-def running(environment: Mapping[str, str], folder: Path, *, is_apart: bool) -> Iterator[None]:
-    with ExitStack() as stack:
-        children = []
-        if is_apart:
-            for name in SERVICES:
-                arguments = ["-m", "orderbus", "run", f"services.{name}:bus", "--log-json"]
-                children.append(Child(name, arguments, environment, folder))
-        api = Child("orders-api", ["-m", "services.orders_api" if is_apart else "services.demo.together"], environment, folder)
-        for child in (*children, api):
-            child.start()
-            stack.callback(child.stop)
-        wait_until_said("running: ", children)
-        wait_until_ready(f"http://127.0.0.1:{environment['ORDERS_API_PORT']}/ready", [*children, api])
-        yield
-
-
-def place(url: str, parent: str, **changes: Any) -> str:
-    order = {
-        "customer_id": "00000000-0000-0000-0000-000000000001",
-        "lines": [{"sku": "article-00001", "quantity": 1, "unit_cents": 1_000}],
-        **changes,
-    }
-    answer = httpx.post(f"{url}/orders", json=order, headers={"traceparent": parent}, timeout=LIMIT_S)
-    assert answer.status_code == 201, answer.text
-    return str(answer.json()["order_id"])
-
-
-def until(collector: Collector, is_there: Callable[[], bool]) -> None:
-    with collector.changed:
-        assert collector.changed.wait_for(is_there, LIMIT_S), [*collector.spans, *collector.metrics]
-
-
-def ancestors(span: Span, spans: list[Span]) -> list[Span]:
-    by_id = {one.span_id: one for one in spans}
-    found = [span]
-    while found[-1].parent_id in by_id:
-        found.append(by_id[found[-1].parent_id])
-    return found[::-1]
-
-
-def test_an_order_s_trace_is_complete_from_the_request_to_the_notification(
-    shop_url: tuple[str, bool], collector: Collector
-) -> None:
-    url, is_apart = shop_url
-    order_id = place(url, f"00-{TRACE}-00f067aa0ba902b7-01")
-
-    until(collector, lambda: any(span.name == "process orders.confirmed" for span in collector.trace(TRACE)))
-    place(url, f"00-{'7' * 32}-00f067aa0ba902b7-00")  # a trace that nobody wants to see
-    until(collector, lambda: len([span for span in collector.trace(TRACE) if _is_on_the_way(span)]) == len(SENT))
+def test_an_order_s_trace_is_complete_from_the_request_to_the_notification(services: Services, collector: Collector) -> None:
+    with services.running():
+        order_id = place(services.url, f"00-{TRACE}-00f067aa0ba902b7-01")
+        collector.until(lambda: any(span.name == "process orders.confirmed" for span in collector.trace(TRACE)))
+        place(services.url, f"00-{'7' * 32}-00f067aa0ba902b7-00")  # a trace that nobody wants to see
+        collector.until(lambda: len([span for span in collector.trace(TRACE) if _is_on_the_way(span)]) == len(SENT))
+        told = {"orderbus__consumer": "notification.orders.confirmed", "orderbus__outcome": "handled"}
+        collector.until(lambda: collector.sum("orderbus.handled", **told) == 2)
     spans = collector.trace(TRACE)
 
-    seen = [(span.service if is_apart else "", span.name) for span in spans if _is_on_the_way(span)]
-    assert sorted(seen) == sorted((service if is_apart else "", name) for service, name in SENT)
+    seen = [(span.service if services.is_apart else "", span.name) for span in spans if _is_on_the_way(span)]
+    assert sorted(seen) == sorted((service if services.is_apart else "", name) for service, name in SENT)
     (last,) = [span for span in spans if span.name == "process orders.confirmed"]
     way = [span.name for span in ancestors(last, spans)]
     assert way[:3] == ["POST /orders", "send orders.placed", "process orders.placed"]
@@ -137,35 +84,68 @@ def test_an_order_s_trace_is_complete_from_the_request_to_the_notification(
     (request,) = [span for span in spans if span.name == "POST /orders"]
     assert request.parent_id == "00f067aa0ba902b7"
     assert request.attributes["http.response.status_code"] == 201
+    assert [span.name for span in below(request, spans)] == ["BEGIN", "COMMIT", "send orders.placed"]
+    assert {span.service for span in below(request, spans)[:2]} == {request.service}
     for span in spans:
         assert ancestors(span, spans)[0] is request, f"{span} hangs under nothing"
-        if span.name.startswith("process ") and "batch" not in span.name:
+        if _is_try(span):
             assert span.attributes["orderbus.key"] == order_id
             assert span.attributes["orderbus.outcome"] == "handled"
+            _check_what_is_below(span, spans)
     assert {span.trace_id for span in collector.spans} == {TRACE}
 
 
-def test_the_metrics_of_all_services_arrive(shop_url: tuple[str, bool], collector: Collector) -> None:
-    url, is_apart = shop_url
-    place(url, f"00-{TRACE}-00f067aa0ba902b7-00")
-    place(url, f"00-{TRACE}-00f067aa0ba902b7-00", lines=[{"sku": "article-00001", "quantity": 1, "unit_cents": 900_000}])
+def _check_what_is_below(span: Span, spans: list[Span]) -> None:
+    """A try is settled once, and has the conversations with the store that its handler leads."""
+    queue = str(span.attributes["messaging.destination.subscription.name"])
+    children = below(span, spans)
+    (settle,) = [one for one in children if one.name == f"settle {queue}"]
+    assert settle.service == span.service
+    assert settle.attributes["messaging.operation.name"] == "ack"
+    assert settle.attributes["messaging.message.id"] == span.attributes["messaging.message.id"]
+    if queue in BELOW:
+        assert sorted(one.name.removesuffix(f" {queue}") for one in children) == BELOW[queue]
+    for batch in (one for one in children if one.name == f"process batch {queue}"):
+        assert [one.name for one in below(batch, spans)] == STATEMENTS[queue]
 
-    def counted() -> dict[str, float]:
-        return {
-            name: sum(point.as_int for point in metric.sum.data_points)
-            for (_, name), metric in collector.metrics.items()
-            if name in ("orders.finished", "orders.revenue")
-        }
 
-    until(collector, lambda: counted() == {"orders.finished": 2, "orders.revenue": 1_000})
-    everybody = {name.replace("_", "-") for name in SERVICES} | {"orders-api"} if is_apart else {"orders"}
-    until(collector, lambda: {service for service, name in collector.metrics if name == "orderbus.emitted"} == everybody)
-    for wanted in ("http.server.request.duration", "db.client.connection.wait_time", "orders.stock", "orders.end_to_end"):
-        until(collector, lambda wanted=wanted: any(name == wanted for _, name in collector.metrics))
+def test_the_metrics_and_spans_of_all_services_arrive_and_are_those_that_the_page_lists(
+    services: Services, collector: Collector
+) -> None:
+    """One order confirmed, one too dear, one poisoned: which it is, hangs on their ids, so that some more may be needed."""
+    rules = Rules(poison=0.5)
+    sampled = f"00-{TRACE}-00f067aa0ba902b7-01"
+    confirmed = cancelled = poisoned = 0
+    with services.running(PAYMENT_POISON=str(rules.poison), OTEL_TRACES_SAMPLER="always_on"):
+        while not (confirmed and cancelled and poisoned):
+            is_dear = confirmed > 0 and not cancelled
+            line = {"sku": "article-00001", "quantity": 1, "unit_cents": 900_000 if is_dear else 1_000}
+            if rules.times_out(UUID(place(services.url, sampled, lines=[line])), 1):
+                poisoned += 1
+            elif is_dear:
+                cancelled += 1
+            else:
+                confirmed += 1
+        collector.until(lambda: collector.sum("orders.finished", order__status="confirmed") == confirmed)
+        collector.until(lambda: collector.sum("orders.finished", order__status="cancelled") == cancelled)
+        collector.until(lambda: collector.sum("orders.revenue") == confirmed * 1_000)
+        collector.until(lambda: collector.sum("orderbus.parked", orderbus__reason="retries-exhausted") == poisoned)
+        everybody = {name.replace("_", "-") for name in SERVICES} | {"orders-api"} if services.is_apart else {"orders"}
+        collector.until(lambda: {service for service, name in collector.metrics if name == "orderbus.emitted"} == everybody)
+        collector.until(lambda: any(name == "orders.stock" for _, name in collector.metrics))
+        collector.until(lambda: any(span.name.startswith("every ") for span in collector.spans))
+
+    ours = {name: one for name, one in collector.seen_metrics().items() if name.startswith(OURS)}
+    assert differences(listed_metrics(), ours, METRICS_NOT_PROVOKED) == []
+    assert differences(listed_spans(), collector.seen_spans(), SPANS_NOT_PROVOKED) == []
 
 
 def _is_on_the_way(span: Span) -> bool:
-    return span.name.startswith(("POST ", "send ", "process ")) and "batch" not in span.name
+    return span.name.startswith(("POST ", "send ")) or _is_try(span)
+
+
+def _is_try(span: Span) -> bool:
+    return span.name.startswith("process ") and not span.name.startswith("process batch ")
 
 
 # What goes wrong
@@ -215,10 +195,10 @@ def test_a_collector_that_is_full_holds_no_order_up_and_is_told_of_once(shop_dat
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "OTEL_METRIC_EXPORT_INTERVAL": "100",
         }
-        with running(environment, tmp_path, is_apart=False):
+        with Services(environment, tmp_path, is_apart=False).running():
             for number in range(20):
                 place(f"http://127.0.0.1:{port}", f"00-{number + 1:032x}-00f067aa0ba902b7-01")
-            until(full, lambda: bool(full.spans) and bool(full.metrics))
+            full.until(lambda: bool(full.spans) and bool(full.metrics))
             deadline = time.monotonic() + LIMIT_S
             while connection.execute("select count(*) from orders where finished_at is not null").fetchone() != (20,):
                 assert time.monotonic() < deadline
