@@ -94,7 +94,7 @@ class Collector:
         found: dict[str, Entry] = {}
         for span in self.spans:
             row = row_of_span(span.name, span.attributes)
-            entry = Entry(span.kind, "", frozenset(span.attributes) - {"messaging.system", "db.system.name"})
+            entry = Entry(span.kind, "", frozenset(span.attributes))
             found[row] = found[row] | entry if row in found else entry
         return found
 

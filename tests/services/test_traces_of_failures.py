@@ -94,12 +94,8 @@ def test_each_order_s_trace_has_the_tries_that_its_payment_took(services: Servic
             trace_id = f"{len(wanted) + 1:032x}"
             wanted[trace_id] = _outcomes(rules, UUID(place(services.url, f"00-{trace_id}-00f067aa0ba902b7-01")))
         paid = [trace_id for trace_id, tries in wanted.items() if tries[-1][0] == "handled"]
-        for trace_id, tries in wanted.items():
-            collector.until(lambda trace_id=trace_id, tries=tries: len(_tries(collector.trace(trace_id))) == len(tries))
-        for trace_id in paid:
-            collector.until(
-                lambda trace_id=trace_id: _has_settled(collector, "notification.orders.confirmed", 1, trace_id=trace_id)
-            )
+        collector.until(lambda: all(len(_tries(collector.trace(one))) == len(tries) for one, tries in wanted.items()))
+        collector.until(lambda: all(_has_settled(collector, "notification.orders.confirmed", 1, trace_id=one) for one in paid))
 
     for trace_id, expected in wanted.items():
         spans = collector.trace(trace_id)
