@@ -18,6 +18,8 @@ import orjson
 import structlog
 from opentelemetry import trace
 
+from orderbus._core.delivery import State
+from orderbus._runtime.tracing import CURRENT_WORK, about
 from orderbus.errors import UsageError
 
 __all__ = ["configure", "levels_of"]
@@ -36,8 +38,10 @@ def configure(service: str, *, levels: str = "info", as_json: bool | None = None
 
     `levels` is the least level that is logged, and those of single loggers after it: `info,orderbus.relay=debug,aiormq=error`. With
     `as_json` (None: unless stderr is a terminal) each line is a JSON object on stdout, under the names of the Elastic Common Schema, with
-    `service` as `service.name` and, inside a span, `trace.id` and `span.id`. Of the lines of one place in the code 50 get through in
-    10 seconds; the next one that does says how many were left out. Raises UsageError for levels that can't be read.
+    `service` as `service.name`; inside a handler its `event.id`, `orderbus.consumer` and `orderbus.queue`; inside a span, or where the
+    handled message has a trace, `trace.id` and `span.id`; and with what is bound to structlog's context variables, or is given as
+    `extra=`. Of the lines of one place in the code 50 get through in 10 seconds; the next one that does says how many were left out.
+    Raises UsageError for levels that can't be read.
     """
     chosen = levels_of(levels)
     if as_json is None:
@@ -88,9 +92,11 @@ def _json_lines(service: str) -> logging.Formatter:
             "log.logger": record.name,
             "process.pid": record.process,
         }
+        line |= _handled_here()
         context = trace.get_current_span().get_span_context()
         if context.is_valid:
             line |= {"trace.id": f"{context.trace_id:032x}", "span.id": f"{context.span_id:016x}"}
+        line |= structlog.contextvars.get_contextvars()
         line |= {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
         raised = event.get("exc_info")
         if raised and raised[1] is not None:
@@ -98,6 +104,17 @@ def _json_lines(service: str) -> logging.Formatter:
         return line
 
     return structlog.stdlib.ProcessorFormatter(processors=[as_ecs, structlog.processors.JSONRenderer(_dumped)])
+
+
+def _handled_here() -> dict[str, str]:
+    """Of the delivery whose handler logs; of an `on_batch` handler, which has many, only who it is."""
+    work = CURRENT_WORK.get()
+    if work is None or work.state is not State.RUNNING:  # a task that outlives the handler, such as a connection's
+        return {}
+    found = about(work)
+    if work.route.handler.batch:
+        return {name: found[name] for name in ("orderbus.consumer", "orderbus.queue")}
+    return found
 
 
 def _for_people() -> logging.Formatter:

@@ -82,7 +82,7 @@ class Accounts:
         if isinstance(error, TransientError):
             log.warning("%s: event %s: %s; again at once", consumer, work.id, _brief(error), extra=self._about(work, error))
         else:
-            self._outage.met(consumer, work.id, _brief(error), delay_s)
+            self._outage.met(consumer, work.id, _brief(error), delay_s, self._about(work, error))
 
     def failed(self, work: Work) -> None:
         self._stats.failed += 1

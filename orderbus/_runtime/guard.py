@@ -20,7 +20,7 @@ from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.policy import RetryLater
 from orderbus._core.work import Work, by_key, check_tx_result
 from orderbus._runtime.calling import check_cancelled, running_clock
-from orderbus._runtime.tracing import CAUSE, Tracing, inside, spans_of
+from orderbus._runtime.tracing import CURRENT_WORK, Tracing, about, inside, spans_of
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Claims, ClaimState, InboxEntry, Store, Verdict
 from orderbus.errors import HandlerTimeout, MessageError, UnavailableError, UsageError
@@ -104,21 +104,18 @@ class Caller:
         arguments = self._arguments(work, work.event, tx, deadline)
         if tx is not None:
             tx._cause = work.trace if work.span is None else self._tracing.cause(work)
+        token = CURRENT_WORK.set(work)
         try:
-            if work.span is not None:
+            if work.span is None:
+                result = await handler.function(*arguments)
+            else:
                 with inside(work.span):
                     result = await handler.function(*arguments)
-            elif work.trace is not None:
-                token = CAUSE.set(work.trace)
-                try:
-                    result = await handler.function(*arguments)
-                finally:
-                    CAUSE.reset(token)
-            else:
-                result = await handler.function(*arguments)
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise
+        finally:
+            CURRENT_WORK.reset(token)
         if result is not None:
             events = check_tx_result(result, handler.place)
             if tx is None:
@@ -135,12 +132,15 @@ class Caller:
         handler = works[0].route.handler
         if tx is not None:
             tx._causes = {work.key: cause for work in works if work.key is not None and (cause := self._tracing.cause(work))}
+        token = CURRENT_WORK.set(works[0])
         try:
             with self._tracing.handling_batch(works):
                 result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise
+        finally:
+            CURRENT_WORK.reset(token)
         for event in check_tx_result(result, handler.place):
             if tx is None:
                 raise UsageError(
@@ -300,7 +300,8 @@ class ClaimsGuard:
         kept = await self._claims.complete([(_claim_key(work), b"") for work in works], token, self._keep_ms)
         for work, was_ours in zip(works, kept, strict=True):
             if not was_ours:
-                log.error("event %s: the claim of %s ran out before it was done", work.id, work.route.handler.consumer)
+                consumer = work.route.handler.consumer
+                log.error("event %s: the claim of %s ran out before it was done", work.id, consumer, extra=about(work))
 
 
 def _busy() -> RetryLater:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import anyio
 
@@ -20,22 +21,24 @@ class Outage:
         self._began: float | None = None
         self._said = self._met = 0.0
         self._tries = 0
+        self._of_all: dict[str, str] = {}
 
-    def met(self, consumer: str, event_id: object, error: str, delay_s: float) -> None:
-        """A try failed for want of the server, and comes again in `delay_s`."""
+    def met(self, consumer: str, event_id: object, error: str, delay_s: float, about: Mapping[str, str]) -> None:
+        """A try failed for want of the server, and comes again in `delay_s`. `about` goes into the fields of its line."""
         self._met = now = anyio.current_time()
         self._tries += 1
         if self._began is None:
             self._began = self._said = now
-            log.warning("%s: event %s: %s; again in %.1f s", consumer, event_id, error, delay_s)
+            self._of_all = {name: text for name, text in about.items() if name.startswith("orderbus.")}
+            log.warning("%s: event %s: %s; again in %.1f s", consumer, event_id, error, delay_s, extra=about)
         elif now >= self._said + SAID_AGAIN_S:
             self._said = now
-            log.warning("%s: %d tries in %.0f s have met: %s; still trying", consumer, self._tries, now - self._began, error)
+            tries, waited_s = self._tries, now - self._began
+            log.warning("%s: %d tries in %.0f s have met: %s; still trying", consumer, tries, waited_s, error, extra=about)
 
     def passed(self, consumer: str) -> None:
         """Something was handled."""
         if self._began is not None and anyio.current_time() >= self._met + OVER_AFTER_S:
-            log.warning(
-                "%s: goes on; %d tries in %.1f s had met a missing server", consumer, self._tries, self._met - self._began
-            )
+            tries, waited_s = self._tries, self._met - self._began
+            log.warning("%s: goes on; %d tries in %.1f s had met a missing server", consumer, tries, waited_s, extra=self._of_all)
             self._began, self._tries = None, 0

@@ -19,9 +19,10 @@ from orderbus._core.outbox import Floor, first_per_key, idle_wait_s, stuck_retry
 from orderbus._core.policy import backoff_s
 from orderbus._core.settings import Settings
 from orderbus._core.topology import EVENTS_EXCHANGE, routing_key
+from orderbus._core.trace_context import trace_headers
 from orderbus._runtime.metrics import Metrics, sends
 from orderbus._runtime.stats import Stats
-from orderbus._runtime.tracing import Tracing
+from orderbus._runtime.tracing import Tracing, trace_ids
 from orderbus.abc import Backlog, Broker, OutboxRow, OutboxStore, Stuck
 from orderbus.errors import UnavailableError
 
@@ -297,7 +298,9 @@ def _tell(stuck: Sequence[Stuck]) -> None:
         alike.setdefault((one.row.topic, one.reason), []).append(one.row)
     for (topic, reason), rows in alike.items():
         others = f" and {len(rows) - 1} more are" if len(rows) > 1 else " is"
-        log.error("event %s (%s)%s stuck: %s; tried again", rows[0].event_id, topic, others, reason)
+        first = rows[0]
+        about = {"event.id": str(first.event_id), "event.reason": reason, **trace_ids(trace_headers(first.headers))}
+        log.error("event %s (%s)%s stuck: %s; tried again", first.event_id, topic, others, reason, extra=about)
 
 
 class _Sent:

@@ -33,7 +33,18 @@ if TYPE_CHECKING:
     from orderbus._core.work import Work
     from orderbus.abc import OutboxRow
 
-__all__ = ["CAUSE", "Tracing", "current_span", "current_trace", "inside", "library_version", "outside", "spans_of"]
+__all__ = [
+    "CURRENT_WORK",
+    "Tracing",
+    "about",
+    "current_span",
+    "current_trace",
+    "inside",
+    "library_version",
+    "outside",
+    "spans_of",
+    "trace_ids",
+]
 
 Attributes = Mapping[str, str | int | float | bool]
 
@@ -41,8 +52,8 @@ Attributes = Mapping[str, str | int | float | bool]
 TOLD_TOGETHER = 64
 TOLD_AFTER_S = 1.0
 
-CAUSE: ContextVar[TraceHeaders | None] = ContextVar("orderbus.cause", default=None)
-"""The trace of the delivery that is being handled, where no span of it is recorded."""
+CURRENT_WORK: ContextVar[Work | None] = ContextVar("orderbus.current_work", default=None)
+"""The delivery whose handler the caller is in; of an `on_batch` handler's, the first."""
 
 
 @functools.cache
@@ -56,7 +67,10 @@ def library_version() -> str:
 def current_trace() -> TraceHeaders | None:
     """The context of the span that the caller is in, or of the delivery that it handles, for the headers of what it sends."""
     context = trace.get_current_span().get_span_context()
-    return headers_of(context) if context.is_valid else CAUSE.get()
+    if context.is_valid:
+        return headers_of(context)
+    work = CURRENT_WORK.get()
+    return None if work is None or work.route.handler.batch else work.trace
 
 
 def current_span() -> Span | None:
@@ -68,6 +82,25 @@ def current_span() -> Span | None:
 def outside() -> None:
     """Leave whatever span the caller is in, for the rest of its task: what runs on for long belongs to no request."""
     attach(Context())
+
+
+def about(work: Work) -> dict[str, str]:
+    """What a line of the log says of a delivery, by the names of the Elastic Common Schema where it has one."""
+    handler = work.route.handler
+    about = {"event.id": str(work.id), "orderbus.consumer": handler.consumer, "orderbus.queue": handler.queue}
+    return about | trace_ids(cause_of(work))
+
+
+def cause_of(work: Work) -> TraceHeaders | None:
+    return work.trace if work.span is None else headers_of(work.span.get_span_context())
+
+
+def trace_ids(headers: TraceHeaders | None) -> dict[str, str]:
+    """Trace and span for the log."""
+    if headers is None:
+        return {}
+    _, trace_id, span_id, _ = headers[TRACEPARENT].split("-")[:4]
+    return {"trace.id": trace_id, "span.id": span_id}
 
 
 def headers_of(context: SpanContext) -> TraceHeaders:
@@ -217,15 +250,11 @@ class Tracing:
 
     def cause(self, work: Work) -> TraceHeaders | None:
         """What the events carry that are emitted because of a delivery."""
-        return work.trace if work.span is None else headers_of(work.span.get_span_context())
+        return cause_of(work)
 
     def ids(self, work: Work) -> dict[str, str]:
         """Trace and span of a delivery, for the log."""
-        cause = self.cause(work)
-        if cause is None:
-            return {}
-        _, trace_id, span_id, _ = cause[TRACEPARENT].split("-")[:4]
-        return {"trace.id": trace_id, "span.id": span_id}
+        return trace_ids(cause_of(work))
 
     @contextmanager
     def handling_batch(self, works: Sequence[Work]) -> Iterator[None]:

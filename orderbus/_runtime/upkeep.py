@@ -63,7 +63,8 @@ class Repetition:
                     await self._once()
             except Exception:  # the next round comes all the same; this one is rolled back
                 self._stats.failed += 1
-                log.exception("%s failed; again in %g s", periodic.place, periodic.every_s)
+                about = {"orderbus.periodic": getattr(periodic.function, "__qualname__", type(periodic.function).__name__)}
+                log.exception("%s failed; again in %g s", periodic.place, periodic.every_s, extra=about)
 
     async def _once(self) -> None:
         periodic, plan, resources = self._periodic, self._plan, self._resources

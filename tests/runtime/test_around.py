@@ -280,6 +280,8 @@ async def test_periodic_work_that_fails_or_hangs_is_rolled_back_logged_and_comes
     assert receipt_of(bus).stats.failed == 2
     assert receipt_of(bus).stats.emitted == 2
     assert "remind (" in caplog.text
+    failures = [vars(record) for record in caplog.records if record.exc_info]
+    assert [failure["orderbus.periodic"].rpartition(".")[2] for failure in failures] == ["remind"] * 2
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -229,12 +229,15 @@ async def test_a_claim_that_ran_out_meanwhile_is_said_loudly(
         faults.away = {"complete"}
 
     async with bus:
-        await world.send(Placed(order="a"))
+        event_id = await world.send(Placed(order="a"))
         await anyio.sleep(100)
         faults.away = set()
         await until(lambda: bus.stats.handled == 1)
 
-    assert "the claim of shop.orders.placed ran out before it was done" in caplog.text
+    (line,) = [vars(one) for one in caplog.records if one.name == "orderbus.guard" and one.levelname == "ERROR"]
+    assert line["message"] == f"event {event_id}: the claim of shop.orders.placed ran out before it was done"
+    assert (line["event.id"], line["orderbus.consumer"]) == (str(event_id), "shop.orders.placed")
+    assert line["orderbus.queue"] == "shop.orders.placed"
 
 
 async def test_handlers_without_any_guard_run_as_often_as_the_broker_delivers(world: World) -> None:
