@@ -7,6 +7,7 @@ aggregator has nothing to compensate itself. Answers for a finished order change
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Annotated
@@ -24,7 +25,10 @@ from services.shared.events import (
     StockRejected,
     StockReserved,
 )
+from services.shared.logs import of_order
 from services.shared.settings import from_environment
+
+log = logging.getLogger("services.aggregator")
 
 bus = Bus("aggregator")
 
@@ -103,6 +107,8 @@ async def answered(batch: Batch[PaymentAuthorized | PaymentDeclined | StockReser
     for item in batch:
         order = orders.get(item.event.order_id)
         if order is None:
+            about = {**of_order(item.event.order_id), "event.id": str(item.delivery.id)}
+            log.error("an answer for an order that there isn't: %s", type(item.event).__name__, extra=about)
             item.park("unknown-order")
         elif order[3] == "pending":
             before = said.get(item.event.order_id) or Said(payment=order[4], stock=order[5])
@@ -131,7 +137,8 @@ async def cancel_overdue(deadline: Deadline) -> None:
         overdue = await tx.fetch_all(_CANCEL_OVERDUE, (deadline.deadline_s,))
         for order_id, customer_id, _ in overdue:
             tx.emit(OrderCancelled(order_id=order_id, customer_id=customer_id, reason="deadline"))
-    for _, _, age_s in overdue:
+    for order_id, _, age_s in overdue:
+        log.warning("cancelled: after %.0f s it has no two answers", age_s, extra=of_order(order_id))
         _count(Decided("cancelled", "deadline", 0, age_s))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 from uuid import UUID
@@ -11,7 +12,10 @@ import msgspec
 
 from orderbus import Batch, Bus, Column, Retry, Tx, columns
 from services.shared.events import OrderCancelled, OrderPlaced, PaymentAuthorized, PaymentDeclined
+from services.shared.logs import of_order
 from services.shared.settings import from_environment
+
+log = logging.getLogger("services.payment")
 
 bus = Bus("payment")
 
@@ -59,6 +63,8 @@ async def authorize(batch: Batch[OrderPlaced], tx: Tx, rules: Rules) -> list[Pay
     for item in batch:
         order = item.event
         if rules.times_out(order.order_id, item.delivery.attempt):
+            about = {**of_order(order.order_id), "event.id": str(item.delivery.id)}
+            log.info("the gateway gave no answer to try %d", item.delivery.attempt, extra=about)
             item.retry(GatewayTimeout(f"no answer for order {order.order_id}"))
             continue
         refusal = rules.refusal(order)

@@ -13,6 +13,7 @@ import msgspec
 from orderbus import Bus, Delivery, Retry
 from services.notification.senders import Notice, Refused, Sender, open_sender
 from services.shared.events import OrderCancelled, OrderConfirmed
+from services.shared.logs import about_order
 from services.shared.settings import from_environment
 
 bus = Bus("notification")
@@ -35,10 +36,12 @@ async def sender() -> AsyncIterator[Sender]:
 @bus.on(OrderConfirmed, guard="claims", fuse=50, concurrency=2, retry=RETRY)
 async def confirmed(order: OrderConfirmed, delivery: Delivery, sender: Sender) -> None:
     text = f"Your order {order.order_id} over {order.total_cents / 100:.2f} is confirmed."
-    await sender.send(Notice(delivery.id, order.customer_id, "Order confirmed", text))
+    with about_order(order.order_id):
+        await sender.send(Notice(delivery.id, order.customer_id, "Order confirmed", text))
 
 
 @bus.on(OrderCancelled, guard="claims", fuse=50, concurrency=2, retry=RETRY)
 async def cancelled(order: OrderCancelled, delivery: Delivery, sender: Sender) -> None:
     text = f"Your order {order.order_id} is cancelled ({order.reason}). You pay nothing."
-    await sender.send(Notice(delivery.id, order.customer_id, "Order cancelled", text))
+    with about_order(order.order_id):
+        await sender.send(Notice(delivery.id, order.customer_id, "Order cancelled", text))

@@ -16,6 +16,7 @@ from services.orders_api.http import JSON_HEADERS, Limits, answer, encode, read_
 from services.orders_api.problem import Mistake, Problem
 from services.orders_api.telemetry import Requests, Watched
 from services.orders_api.validation import read_order
+from services.shared.logs import bind_order
 
 log = logging.getLogger("orders_api")
 
@@ -85,7 +86,9 @@ class App:
                 return
             raise Problem(405, f"{path[:200]} takes {allow}", headers=[("allow", allow)])
         if path.startswith(ORDER):
-            answer(protocol, 200, await orders.get(_order_id(path[len(ORDER) :])))
+            order_id = _order_id(path[len(ORDER) :])
+            bind_order(order_id)
+            answer(protocol, 200, await orders.get(order_id))
         else:
             await _GET[path](self, scope, protocol)
 
@@ -101,6 +104,7 @@ class App:
         body = await read_body(scope, protocol, self._limits)
         order = read_order(body)
         order_id = new_id()
+        bind_order(order_id)
         if key is None:
             placed, repeated = await orders.place(order_id, order, None), False
         else:

@@ -36,6 +36,10 @@ def cancelled(reason: str) -> OrderCancelled:
     return OrderCancelled(order_id=ID, customer_id=CUSTOMER, reason=reason)
 
 
+def orders_of_lines(caplog: pytest.LogCaptureFixture) -> list[object]:
+    return [vars(record)["order.id"] for record in caplog.records if record.name == "services.aggregator"]
+
+
 async def say_one_by_one(shop: Shop, *answers: Event) -> None:
     """Each is handled before the next is said."""
     before = aggregator.bus.stats.handled
@@ -115,7 +119,9 @@ async def test_an_answer_for_a_finished_order_changes_nothing(shop: Shop, late: 
     assert shop.count(OrderConfirmed) == 0
 
 
-async def test_an_order_without_an_answer_is_cancelled_at_its_deadline(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_order_without_an_answer_is_cancelled_at_its_deadline(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("ORDER_DEADLINE_S", "0.05")
     await shop.place_silently(order(1), order(2))
     await shop.change("update orders set placed_at = now() + interval '1 hour' where order_id = '" + str(UUID(int=2)) + "'")
@@ -125,6 +131,7 @@ async def test_an_order_without_an_answer_is_cancelled_at_its_deadline(shop: Sho
 
         assert await shop.rows(ORDERS) == [("cancelled", "deadline", None, None, True), ("pending", None, None, None, False)]
     assert shop.ends(ID) == [cancelled("deadline")]
+    assert orders_of_lines(caplog) == [ID]
 
 
 async def test_two_processes_cancel_each_overdue_order_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +164,9 @@ async def test_answers_for_the_same_orders_neither_deadlock_nor_miss_each_other(
     assert shop.count(OrderConfirmed) == 400
 
 
-async def test_an_answer_for_an_unknown_order_is_parked_and_its_neighbours_are_not(shop: Shop) -> None:
+async def test_an_answer_for_an_unknown_order_is_parked_and_its_neighbours_are_not(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
     await shop.declare(aggregator.bus)
     await shop.place_silently(order(1), order(3))
     known = [PaymentAuthorized(order_id=UUID(int=number), amount_cents=1_000) for number in (1, 3)]
@@ -171,3 +180,4 @@ async def test_an_answer_for_an_unknown_order_is_parked_and_its_neighbours_are_n
     [letter] = shop.broker.messages("aggregator.answers.dlq")
     assert letter.properties.headers["ob-reason"] == "unknown-order"
     assert str(UUID(int=2)).encode() in letter.body
+    assert orders_of_lines(caplog) == [UUID(int=2)]

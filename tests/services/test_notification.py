@@ -25,6 +25,7 @@ from orderbus._core.topology import EVENTS_EXCHANGE
 from services import notification
 from services.notification.senders import open_sender
 from services.shared.events import OrderCancelled, OrderConfirmed
+from services.shared.logs import set_up_logs
 from tests.servers import free_port
 from tests.services.shop import CUSTOMER, Shop, until, until_handled, until_stats
 
@@ -134,6 +135,21 @@ async def test_the_console_sender_writes_a_line_for_each_notice(
     assert len(lines) == 2
     assert f"Your order {CANCELLED.order_id} is cancelled (out-of-stock)." in lines[1]
     assert f"Your order {CONFIRMED.order_id} over 123.45 is confirmed." in lines[0]
+
+
+async def test_all_lines_of_a_notice_say_which_order_it_is_about(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up_logs("notification")
+    async with shop.running(notification.bus):
+        await shop.say(CONFIRMED, CANCELLED)
+        await until_handled(notification.bus, 2)
+
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    notices = [line for line in told if line["log.logger"] == "services.notification"]
+    assert {line["order.id"] for line in notices} == {str(CONFIRMED.order_id), str(CANCELLED.order_id)}
+    assert all(line["order.id"] in line["message"] and line["event.id"] in line["message"] for line in notices)
+    assert not [line for line in told if "order.id" in line and line not in notices]
 
 
 @pytest.mark.parametrize("url", ["", "smtp://", "webhook:", "webhook:ftp://x", "pigeon:post"])

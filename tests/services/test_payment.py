@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from uuid import UUID
 
 import pytest
@@ -107,7 +109,10 @@ async def test_a_doubled_effect_stays_visible_and_charges_nothing_again(shop: Sh
         await shop.until_rows(ROWS, [("refunded", 1_000, None, 2, 2)])
 
 
-async def test_a_flaky_gateway_delays_orders_and_loses_none(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flaky_gateway_delays_orders_and_loses_none(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "services.payment")
     monkeypatch.setenv("PAYMENT_FLAKY", "0.2")
     numbers = range(1, 201)
     rules = Rules(flaky=0.2)
@@ -122,6 +127,8 @@ async def test_a_flaky_gateway_delays_orders_and_loses_none(shop: Shop, monkeypa
         assert (payment.bus.stats.failed, payment.bus.stats.parked) == (timeouts, 0)
         assert await shop.rows("select state, times, count(*) from payment group by 1, 2") == [("authorized", 1, 200)]
     assert shop.count(PaymentAuthorized) == 200
+    told = Counter(vars(record)["order.id"] for record in caplog.records if record.name == "services.payment")
+    assert told == {UUID(int=n): tries for n in numbers if (tries := _failed_tries(rules, UUID(int=n)))}
 
 
 async def test_a_poisoned_order_is_parked_and_nobody_else_is_hurt(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
