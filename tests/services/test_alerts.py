@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ import yaml
 from orderbus._core.message import Outgoing, Settlement
 from orderbus._core.topology import Queue, Topology
 from orderbus.adapters.rabbitmq import open_broker
-from services.demo.processes import Child, wait_until_said
+from services.demo.processes import Child, wait_until_ready, wait_until_said
 from tests.faults.world import ROOT
 from tests.servers import free_port, start_rabbit
+from tests.services.shop import CUSTOMER
 from tests.telemetry.page import listed_metrics
 
 FOLDER = ROOT / "compose" / "prometheus"
 LIMIT_S = 60.0
 RULES = [rule for group in yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
+SERVICES = ("outbox-dispatcher", "payment", "inventory", "aggregator", "notification", "orders-api")
 NAME = r"(?:messaging|orderbus|orders|http_server|db_client|rabbitmq)_[a-z_]+"
 
 
@@ -128,7 +131,7 @@ def test_the_broker_has_the_metrics_that_alerts_and_dashboards_rest_on() -> None
     assert wanted
 
 
-# A real Prometheus, a real service
+# A real Prometheus, and the demo's services on the real servers
 
 
 class Prometheus:
@@ -143,29 +146,46 @@ class Prometheus:
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         port = free_port()
-        self._url = f"http://127.0.0.1:{port}/api/v1"
+        self._url = f"http://127.0.0.1:{port}"
         arguments = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb"]
         with (folder / "prometheus.log").open("wb") as log:
             process = subprocess.Popen([*arguments, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
         stack.callback(process.wait)
         stack.callback(process.terminate)
+        until(self._is_ready, "Prometheus")
 
-    def values(self, query: str) -> list[float]:
-        answer = self._get("query", query=query)
-        return [float(one["value"][1]) for one in answer["result"]] if answer else []
+    def value(self, query: str) -> float | None:
+        """Of a query with one answer; None where there is none yet."""
+        result = self._get("query", query=query)["result"]
+        return float(result[0]["value"][1]) if result else None
 
-    def firing(self) -> set[str]:
-        answer = self._get("alerts")
-        return {one["labels"]["alertname"] for one in answer["alerts"] if one["state"] == "firing"} if answer else set()
+    def firing(self) -> set[tuple[str, str]]:
+        """The alerts that fire now, and of which service."""
+        return {_named(one["labels"]) for one in self._get("alerts")["alerts"] if one["state"] == "firing"}
+
+    def have_fired(self) -> set[tuple[str, str]]:
+        """All that fired since it began, however briefly."""
+        return {
+            _named(one["metric"]) for one in self._get("query", query='last_over_time(ALERTS{alertstate="firing"}[1h])')["result"]
+        }
 
     def names(self) -> set[str]:
-        return set(self._get("label/__name__/values") or ())
+        return set(self._get("label/__name__/values"))
 
     def _get(self, path: str, **parameters: str) -> Any:
+        answer = httpx.get(f"{self._url}/api/v1/{path}", params=parameters)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self._url}/{path}", params=parameters).json()["data"]
-        except httpx.TransportError:  # it is still starting
-            return None
+            return httpx.get(f"{self._url}/-/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def _named(labels: dict[str, str]) -> tuple[str, str]:
+    return labels["alertname"], labels.get("service", "")
 
 
 def until(is_true: Callable[[], bool], what: str) -> None:
@@ -175,29 +195,75 @@ def until(is_true: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.servers
-def test_an_alert_fires_while_a_service_is_gone_and_resolves_when_it_is_back(
-    prometheus_program: str, shop_database_url: str, tmp_path: Path
-) -> None:
-    port = free_port()
-    environment = {
-        "ORDERBUS_BROKER_URL": "memory://",
-        "ORDERBUS_DATABASE_URL": shop_database_url,
-        "OTEL_METRICS_EXPORTER": "prometheus",
-        "OTEL_EXPORTER_PROMETHEUS_PORT": str(port),
-    }
-    payment = Child("payment", ["-m", "orderbus", "run", "services.payment:bus"], environment, tmp_path)
-    with ExitStack() as stack:
-        prometheus = Prometheus(prometheus_program, tmp_path, stack, {"payment": port})
-        stack.callback(payment.stop)
-        payment.start()
-        wait_until_said("running: ", [payment])
-        until(lambda: prometheus.values("orderbus_relay_buckets") == [64], "the first scrape")
-        ours = {name for name in prometheus.names() if re.fullmatch(NAME, name)}
-        assert {"orderbus_handled_total", "orderbus_outbox_age_seconds"} <= ours <= set(listed())
-        assert "ServiceDown" not in prometheus.firing()
+class Demo:
+    """The six services, each a process of its own that serves its metrics."""
 
-        payment.kill()
-        until(lambda: "ServiceDown" in prometheus.firing(), "the alert")
+    def __init__(self, environment: dict[str, str], folder: Path, stack: ExitStack) -> None:
+        api_port = free_port()
+        self._url = f"http://127.0.0.1:{api_port}"
+        self.ports: dict[str, int] = {}
+        self.children: dict[str, Child] = {}
+        for name in SERVICES:
+            self.ports[name] = free_port()
+            its_own = {"OTEL_EXPORTER_PROMETHEUS_PORT": str(self.ports[name]), "ORDERS_API_PORT": str(api_port)}
+            module = f"services.{name.replace('-', '_')}"
+            arguments = ["-m", module] if name == "orders-api" else ["-m", "orderbus", "run", f"{module}:bus"]
+            self.children[name] = Child(name, arguments, {**environment, **its_own}, folder)
+        for child in self.children.values():
+            child.start()
+            stack.callback(child.stop)
+        wait_until_said("running: ", [child for name, child in self.children.items() if name != "orders-api"])
+        wait_until_ready(f"{self._url}/ready", self.children.values())
+
+    def place(self) -> str:
+        line = {"sku": "article-00001", "quantity": 1, "unit_cents": 1_000}
+        answer = httpx.post(f"{self._url}/orders", json={"customer_id": str(CUSTOMER), "lines": [line]})
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["order_id"])
+
+    def status(self, order_id: str) -> str:
+        return str(httpx.get(f"{self._url}/orders/{order_id}").json()["status"])
+
+
+@pytest.fixture
+def demo(shop_database_url: str, vhost_url: str, redis_url: str, tmp_path: Path) -> Iterator[Demo]:
+    environment = {
+        "ORDERBUS_BROKER_URL": vhost_url,
+        "ORDERBUS_DATABASE_URL": shop_database_url,
+        "ORDERBUS_REDIS_URL": redis_url,
+        "ORDERBUS_REDIS_PREFIX": f"orderbus-test:{secrets.token_hex(6)}:",
+        "ORDERBUS_RELAY": "false",
+        "NOTIFY_URL": "null:",
+        "ORDER_DEADLINE_S": "600",
+        "OTEL_METRICS_EXPORTER": "prometheus",
+    }
+    with ExitStack() as stack:
+        yield Demo(environment, tmp_path, stack)
+
+
+@pytest.mark.servers
+def test_an_alert_fires_while_a_service_of_the_demo_is_gone_and_resolves_when_it_is_back(
+    prometheus_program: str, demo: Demo, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        prometheus = Prometheus(prometheus_program, tmp_path, stack, demo.ports)
+        until(lambda: prometheus.value("sum(up)") == len(SERVICES), "six targets that answer")
+        until(lambda: prometheus.value("sum(orderbus_relay_buckets)") == 64, "the relay's buckets")
+        before = demo.place()
+        until(lambda: demo.status(before) == "confirmed", "an order's end")
+        assert prometheus.firing() == set()
+
+        payment = demo.children["payment"]
+        assert payment.stop() == 0
+        meanwhile = demo.place()
+        until(lambda: prometheus.firing() == {("ServiceDown", "payment")}, "the alert")
+        assert demo.status(meanwhile) == "pending"
         payment.start()
-        until(lambda: "ServiceDown" not in prometheus.firing(), "its end")
+        until(lambda: prometheus.value('up{service="payment"}') == 1, "payment's metrics")
+        until(lambda: prometheus.firing() == set(), "the alert's end")
+        until(lambda: demo.status(meanwhile) == "confirmed", "the end of the order that waited for payment")
+
+        assert prometheus.have_fired() == {("ServiceDown", "payment")}
+        ours = {name for name in prometheus.names() if re.fullmatch(NAME, name)}
+        assert {"orderbus_handled_total", "orderbus_outbox_age_seconds", "http_server_request_duration_seconds_count"} <= ours
+        assert ours <= set(listed())
