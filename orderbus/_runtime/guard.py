@@ -53,12 +53,15 @@ class Caller:
         """Call for each in turn (or once for a batch) in one transaction; the first exception ends it. Raises HandlerTimeout."""
         timeout_s = max(work.route.handler.options.timeout_s for work in works)
         deadline = self._now() + timeout_s
-        with anyio.CancelScope(deadline=deadline):
-            if works[0].route.handler.batch:
-                return await self._batch(works, tx, deadline)
-            for work in works:
-                await self._one(work, tx, deadline)
-            return [HANDLED] * len(works)
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                if works[0].route.handler.batch:
+                    return await self._batch(works, tx, deadline)
+                for work in works:
+                    await self._one(work, tx, deadline)
+                return [HANDLED] * len(works)
+        finally:
+            CURRENT_WORK.set(None)
         raise _timeout(works[0])
 
     async def apart(self, works: Sequence[Work], outcomes: list[Outcome | None]) -> None:
@@ -96,6 +99,7 @@ class Caller:
                         outcomes[n] = error
                     else:
                         outcomes[n] = HANDLED
+            CURRENT_WORK.set(None)
             if scope.cancelled_caught:
                 outcomes[n] = _timeout(work)
 
@@ -104,7 +108,7 @@ class Caller:
         arguments = self._arguments(work, work.event, tx, deadline)
         if tx is not None:
             tx._cause = work.trace if work.span is None else self._tracing.cause(work)
-        token = CURRENT_WORK.set(work)
+        CURRENT_WORK.set(work)  # until the next, or the end of the unit: to take it back after each costs as much again
         try:
             if work.span is None:
                 result = await handler.function(*arguments)
@@ -114,8 +118,6 @@ class Caller:
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise
-        finally:
-            CURRENT_WORK.reset(token)
         if result is not None:
             events = check_tx_result(result, handler.place)
             if tx is None:
@@ -132,15 +134,13 @@ class Caller:
         handler = works[0].route.handler
         if tx is not None:
             tx._causes = {work.key: cause for work in works if work.key is not None and (cause := self._tracing.cause(work))}
-        token = CURRENT_WORK.set(works[0])
+        CURRENT_WORK.set(works[0])
         try:
             with self._tracing.handling_batch(works):
                 result = await handler.function(*self._arguments(works[0], batch, tx, deadline))
         except anyio.get_cancelled_exc_class() as error:
             check_cancelled(handler.place, error)
             raise
-        finally:
-            CURRENT_WORK.reset(token)
         for event in check_tx_result(result, handler.place):
             if tx is None:
                 raise UsageError(

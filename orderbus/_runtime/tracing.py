@@ -70,7 +70,7 @@ def current_trace() -> TraceHeaders | None:
     if context.is_valid:
         return headers_of(context)
     work = CURRENT_WORK.get()
-    return None if work is None or work.route.handler.batch else work.trace
+    return None if work is None or work.route.handler.batch else cause_of(work)
 
 
 def current_span() -> Span | None:

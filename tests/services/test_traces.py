@@ -132,7 +132,8 @@ def test_the_metrics_and_spans_of_all_services_arrive_and_are_those_that_the_pag
         collector.until(lambda: collector.sum("orderbus.parked", orderbus__reason="retries-exhausted") == poisoned)
         everybody = {name.replace("_", "-") for name in SERVICES} | {"orders-api"} if services.is_apart else {"orders"}
         collector.until(lambda: {service for service, name in collector.metrics if name == "orderbus.emitted"} == everybody)
-        collector.until(lambda: any(name == "orders.stock" for _, name in collector.metrics))
+        for every_10_s in ("orders.stock", "orders.pending"):
+            collector.until(lambda wanted=every_10_s: any(name == wanted for _, name in collector.metrics))
         collector.until(lambda: any(span.name.startswith("every ") for span in collector.spans))
 
     ours = {name: one for name, one in collector.seen_metrics().items() if name.startswith(OURS)}

@@ -208,7 +208,14 @@ NOT_PROVOKED = {
     "messaging.client.operation.duration: error.type": "every publish is confirmed",
     "db.client.connection.wait_time": "a store in memory has no connections",
     **dict.fromkeys(
-        ("http.server.request.duration", "orders.finished", "orders.revenue", "orders.stock", "orders.end_to_end"),
+        (
+            "http.server.request.duration",
+            "orders.finished",
+            "orders.pending",
+            "orders.revenue",
+            "orders.stock",
+            "orders.end_to_end",
+        ),
         "of the demo's services; compared in tests/services/test_traces.py",
     ),
 }
