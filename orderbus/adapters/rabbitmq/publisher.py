@@ -101,7 +101,9 @@ class Publisher:
                 frame = encode(message, sequence)
             except Unsendable as failure:
                 receipts[index] = Receipt.REFUSED
-                log.warning("message %.64r for exchange %.64r is not sent: %s", message.message_id, message.exchange, failure)
+                name = message.message_id[:64]
+                extra = {"event.id": name}
+                log.warning("message %r for exchange %.64r is not sent: %s", name, message.exchange, failure, extra=extra)
                 continue
             frames.append(frame)
             sequence += 1
