@@ -92,7 +92,7 @@ class Accounts:
         consumer = work.route.handler.consumer
         if decision.counted:
             self._stats.retried += 1
-            self._stats.handlers[consumer].retried += 1
+            self._stats.handlers[consumer].count_retried(type(error).__name__)
         if log.isEnabledFor(logging.INFO):
             log.info(
                 "%s: event %s: try %d: %s: again in %g s",

@@ -69,6 +69,12 @@ def _handled(bus: Observable) -> Iterable[tuple[float, Attributes]]:
             yield getattr(counts, outcome), {"orderbus.consumer": consumer, "orderbus.outcome": outcome}
 
 
+def _retried(bus: Observable) -> Iterable[tuple[float, Attributes]]:
+    for consumer, counts in list(bus.stats.handlers.items()):
+        for error, count in list(counts.retried_for.items()):
+            yield count, {"orderbus.consumer": consumer, "error.type": error}
+
+
 def _parked(bus: Observable) -> Iterable[tuple[float, Attributes]]:
     for queue, counts in list(bus.stats.queues.items()):
         for reason, count in list(counts.parked.items()):
@@ -123,6 +129,7 @@ OBSERVED: Sequence[_Observed] = (
     _Observed("counter", "messaging.client.consumed.messages", "{message}", "Deliveries received.", _received),
     _Observed("counter", "messaging.client.sent.messages", "{message}", "Events that left, by what became of them.", _sent),
     _Observed("counter", "orderbus.handled", "{message}", "Tries of handlers, by what became of them.", _handled),
+    _Observed("counter", "orderbus.retried", "{message}", "Tries that are made again, by what they raised.", _retried),
     _Observed("counter", "orderbus.dead_letters", "{message}", "Messages moved to the dead letters.", _of_queues("letters")),
     _Observed("counter", "orderbus.parked", "{message}", "Messages moved to the dead letters, by reason.", _parked),
     _Observed("counter", "orderbus.released", "{message}", "Deliveries given back to the broker.", _of_queues("released")),

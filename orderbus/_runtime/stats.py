@@ -7,7 +7,13 @@ import msgspec
 from orderbus.abc import Backlog
 
 MOST_REASONS = 50
-"""Of one queue. A handler may park for any reason, and each is a time series."""
+"""Of one queue or handler. A handler may park for any reason and raise any class, and each is a time series."""
+
+
+def _count(counts: dict[str, int], reason: str) -> None:
+    if reason not in counts and len(counts) >= MOST_REASONS:
+        reason = "other"
+    counts[reason] = counts.get(reason, 0) + 1
 
 
 class HandlerStats(msgspec.Struct):
@@ -19,6 +25,12 @@ class HandlerStats(msgspec.Struct):
     """Tries that raised, whatever followed."""
     retried: int = 0
     waited: int = 0
+    retried_for: dict[str, int] = msgspec.field(default_factory=dict)
+    """Those that were retried, by the class of what they raised: the first 50 that came up, and `other`."""
+
+    def count_retried(self, error: str) -> None:
+        _count(self.retried_for, error)
+        self.retried += 1
 
 
 class QueueStats(msgspec.Struct):
@@ -33,9 +45,7 @@ class QueueStats(msgspec.Struct):
     """By reason: the first 50 that came up, and `other`."""
 
     def count_parked(self, reason: str) -> None:
-        if reason not in self.parked and len(self.parked) >= MOST_REASONS:
-            reason = "other"
-        self.parked[reason] = self.parked.get(reason, 0) + 1
+        _count(self.parked, reason)
         self.letters += 1
 
 

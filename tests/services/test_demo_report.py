@@ -65,6 +65,7 @@ PANELS: dict[tuple[str, str], Shown | Missing] = {
     ("orderbus-queues", "Consumers"): MANAGEMENT,
     ("orderbus-queues", "Acknowledged a second"): MANAGEMENT,
     ("orderbus-queues", "Dead letters"): Shown(("Dead letters, by queue",)),
+    ("orderbus-queues", "Retried a second, by error"): Missing("the classes are in a counter that nobody scrapes here"),
     ("orderbus-queues", "Parked a second, by reason"): Missing(
         "the reasons are in a counter that nobody scrapes here; how much is parked, and where, is in the chart of the dead letters"
     ),
