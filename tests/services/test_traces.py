@@ -183,10 +183,13 @@ def test_a_collector_that_is_away_holds_nothing_up_and_is_told_of_once(
     assert len(told) == len({line.split(" ", 2)[-1] for line in told}) <= 4, told
 
 
-def test_a_collector_that_is_full_holds_no_order_up_and_is_told_of_once(shop_database_url: str, tmp_path: Path) -> None:
-    """What a collector answers whose Elasticsearch is full, when it has no room itself any more."""
+@pytest.mark.parametrize("status", [503, 404], ids=["full", "no-collector"])
+def test_what_takes_no_telemetry_holds_no_order_up_and_is_told_of_once(
+    shop_database_url: str, tmp_path: Path, status: int
+) -> None:
+    """What a collector answers whose Elasticsearch is full, when it has no room itself any more; and a server that is no collector."""
     port = free_port()
-    with collecting(status=503) as full, psycopg.connect(shop_database_url, autocommit=True) as connection:
+    with collecting(status=status) as full, psycopg.connect(shop_database_url, autocommit=True) as connection:
         environment = {
             "ORDERS_API_PORT": str(port),
             "ORDERBUS_BROKER_URL": f"memory://{secrets.token_hex(4)}",
