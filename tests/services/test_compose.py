@@ -146,6 +146,12 @@ def test_images_are_pinned_and_memory_is_bounded(name: str) -> None:
     assert "mem_limit" in service
 
 
+def test_what_runs_on_has_a_health_check() -> None:
+    run_once = {name for name, service in SERVICES.items() if service.get("restart") == "no"}
+    without = {name for name, service in SERVICES.items() if "test" not in service.get("healthcheck", {})} - run_once
+    assert without == {"collector"}, "its image has nothing to ask with"
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_service_may_do_no_more_than_it_must(name: str) -> None:
     service = SERVICES[name]
