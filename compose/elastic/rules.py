@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+PAGE = "https://github.com/orderbus/orderbus/blob/main/docs/operations.md"
 DATA = "orderbus-data-metrics"
 """The data view that goes with the dashboards."""
 KINDS = {"percentile 99": "p99", "max": "max", "min": "min", "sum": "sum", "count": "count"}
@@ -33,7 +34,7 @@ def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
         params["groupBy"] = [rule["by"]]
     return {
         "name": f"orderbus {rule['alert']}: {rule['title']}",
-        "tags": ["orderbus", f"docs/operations.md#{rule['alert'].lower()}"],
+        "tags": ["orderbus", f"{PAGE}#{rule['alert'].lower()}"],
         "rule_type_id": "observability.rules.custom_threshold",
         "consumer": "stackAlerts",
         "schedule": {"interval": "1m"},

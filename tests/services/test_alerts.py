@@ -17,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from orderbus import errors
 from orderbus._core.message import Outgoing, Settlement
 from orderbus._core.topology import Queue, Topology
 from orderbus.adapters.rabbitmq import open_broker
@@ -66,7 +67,8 @@ def test_each_alarm_of_the_broker_fires_alone() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_each_alert_has_its_paragraph(rule: dict[str, Any]) -> None:
-    assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+    page = errors.PAGE.replace("errors.md", "operations.md")
+    assert rule["annotations"]["runbook_url"] == f"{page}#{rule['alert'].lower()}"
     headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert rule["alert"] in headings
 

@@ -155,7 +155,7 @@ def test_each_alert_of_prometheus_has_its_rule_or_a_reason() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_a_rule_is_told_of_in_the_paragraph_that_prometheus_names(rule: dict[str, Any]) -> None:
     (made,) = (FOLDER / "rules").glob(f"{rule['alert']}_*.json")
-    assert json.loads(made.read_text())["tags"] == ["orderbus", PROMETHEUS[rule["alert"]]["annotations"]["runbook"]]
+    assert json.loads(made.read_text())["tags"] == ["orderbus", PROMETHEUS[rule["alert"]]["annotations"]["runbook_url"]]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
