@@ -371,9 +371,9 @@ async def _purge(look: Look, chosen: Sequence[tuple[Parked, Incoming]], count: _
         look.take(delivery)
     try:
         await look.flush()
-    except UnavailableError:
+    except BaseException:  # cancelled, too: the acknowledgements may be on their way
         for letter, _ in chosen:
-            count(letter, Outcome.FAILED, "the broker was lost before it had taken the acknowledgement: it may be here again")
+            count(letter, Outcome.FAILED, "interrupted before the broker had taken the acknowledgement: it may be here again")
         raise
     for letter, _ in chosen:
         count(letter, Outcome.PURGED)

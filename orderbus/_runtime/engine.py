@@ -6,6 +6,8 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import Context
+from functools import partial
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -335,7 +337,9 @@ class Engine:
             raise UnavailableError(f"the bus {self.group!r} is draining")
         if self._commits is None:
             self._commits = GroupCommit(self.servers.store, self.encoding, self.tracing, self._committed)
-            self._tasks.start_soon(_ending, self._commits.run, self._commits_done, name="group commit")
+            # In a context of its own: the first caller's has his delivery, his baggage, and whatever else he has bound.
+            begin = partial(self._tasks.start_soon, _ending, self._commits.run, self._commits_done, name="group commit")
+            Context().run(begin)
         return self._commits
 
     def _emitted(self, count: int) -> None:

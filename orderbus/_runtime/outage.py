@@ -40,5 +40,6 @@ class Outage:
         """Something was handled."""
         if self._began is not None and anyio.current_time() >= self._met + OVER_AFTER_S:
             tries, waited_s = self._tries, self._met - self._began
-            log.warning("%s: goes on; %d tries in %.1f s had met a missing server", consumer, tries, waited_s, extra=self._of_all)
+            extra = {**self._of_all, "orderbus.consumer": consumer}
+            log.warning("%s: goes on; %d tries in %.1f s had met a missing server", consumer, tries, waited_s, extra=extra)
             self._began, self._tries = None, 0

@@ -141,6 +141,22 @@ async def test_writes_that_commit_together_stay_in_their_own_traces(world: World
         assert recorded.path(span) == [f"POST {(span.attributes or {})['orderbus.key']}", "send orders.paid", span.name]
 
 
+async def test_a_group_commit_has_nothing_of_whoever_was_the_first_to_ask_for_one(world: World) -> None:
+    log, bus = Log(), world.bus("shop")
+
+    @bus.on(Placed, guard="claims")
+    async def pay(event: Placed) -> None:
+        await bus.group_commit(lambda tx: tx.emit(Paid(order=event.order)))
+
+    other = SAMPLED.replace(TRACE, "1" * 32)
+    async with post(world, log), bus:
+        for count, parent in enumerate((SAMPLED, other), 1):
+            await world.send(Placed(order=str(count)), headers={"ob-key": str(count), "traceparent": parent})
+            await log.reached(count)
+
+    assert [delivery.headers["traceparent"] for delivery in log.lines] == [SAMPLED, other]
+
+
 async def test_what_is_published_at_once_is_sent_in_the_caller_s_span(world: World, recorded: Recorded) -> None:
     log = Log()
     async with post(world, log) as bus:
