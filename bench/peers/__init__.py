@@ -25,6 +25,9 @@ PEERS = {
         ("orderbus", "opentelemetry-api"),
         "orderbus without an SDK, a trace context in each message, none sampled",
     ),
+    "orderbus-traced-0": Peer(
+        "orderbus_traced_0", ("orderbus", "opentelemetry-sdk"), "orderbus with OpenTelemetry's SDK, and no message traced"
+    ),
     "orderbus-traced-1": Peer(
         "orderbus_traced_1", ("orderbus", "opentelemetry-sdk"), "orderbus with OpenTelemetry's SDK, 1 % of the messages traced"
     ),
