@@ -29,13 +29,18 @@ LEFT_KB = 100
 BALLAST: list[bytearray] = []
 SENT_S = 0.05
 """After so long what was written has reached the server, and its answer is not looked at any more."""
+GOES_WITH_COMMIT = ("into orderbus.outbox", "into trail")
+"""Events that were emitted; or, of who emits none, the rows that it deferred."""
+
+writes_at_once = False
+"""Whether the handlers write by `tx.execute`, and not by `tx.defer_row` as ever."""
 
 
 def arm() -> None:
     """Raises KeyError where there is no such point."""
     name = os.environ.get("FAULTS_FAILPOINT")
     if name:
-        {**PRODUCER, **SERVICE, **RELAY, **NOTIFY, **STARVED}[name]()
+        {**PRODUCER, **SERVICE, **TRAIL, **RELAY, **NOTIFY, **STARVED}[name]()
 
 
 def die() -> None:
@@ -90,6 +95,31 @@ def while_waiting(kind: type, name: str, when: Callable[..., bool] = lambda *_: 
         return await sent
 
     setattr(kind, name, patched)
+
+
+def effect_written() -> None:
+    """The handler's own write is done and answered, inside the open transaction."""
+    global writes_at_once
+    writes_at_once = True
+    after(PostgresTransaction, "execute", lambda sql, *_: sql.startswith("insert into"))
+
+
+def everything_sent() -> None:
+    """All that the commit sends is done and answered, deferred rows and emitted events too; only COMMIT itself is never sent."""
+    original = transaction.trip
+    calls = 0
+
+    async def patched(connection: Any, sent: Any) -> Any:
+        nonlocal calls
+        is_it = sent[-1].sql == "commit" and any(words in call.sql for call in sent for words in GOES_WITH_COMMIT)
+        calls += is_it
+        if not is_it or calls != NTH:
+            return await original(connection, sent)
+        answers = await original(connection, sent[:-1])
+        die()
+        return answers
+
+    transaction.trip = patched  # type: ignore[assignment]
 
 
 def commit_unanswered() -> None:
@@ -148,15 +178,20 @@ def leaves(batch: Any) -> bool:
 
 PRODUCER: dict[str, Callable[[], None]] = {
     "producer-before-commit": lambda: before(PostgresTransaction, "commit", emits),
+    "producer-everything-sent-before-commit": everything_sent,
     "producer-commit-unanswered": commit_unanswered,
     "producer-after-commit": lambda: after(PostgresTransaction, "commit", emits),
 }
-SERVICE: dict[str, Callable[[], None]] = {
+TRAIL: dict[str, Callable[[], None]] = {
     "after-receive": lambda: after(Subscription, "receive"),
     "after-inbox-insert": lambda: after(PostgresStore, "begin"),
-    "after-effect-before-commit": lambda: before(PostgresTransaction, "commit", emits),
+    "after-effect-before-commit": effect_written,
+    "everything-sent-before-commit": everything_sent,
     "commit-unanswered": commit_unanswered,
     "after-commit-before-ack": lambda: before(Subscription, "settle", lambda _, how: how is Settlement.ACK),
+}
+SERVICE: dict[str, Callable[[], None]] = {
+    **TRAIL,
     "retry-published-unconfirmed": lambda: while_waiting(RabbitBroker, "publish", leaves),
     "retry-confirmed-before-ack": lambda: after(RabbitBroker, "publish", leaves),
 }
@@ -168,6 +203,7 @@ RELAY: dict[str, Callable[[], None]] = {
 }
 STARVED: dict[str, Callable[[], None]] = {"out-of-memory": out_of_memory}
 NOTIFY: dict[str, Callable[[], None]] = {
+    "after-receive": TRAIL["after-receive"],
     "after-claim": lambda: after(RedisClaims, "claim"),
     "before-claim-is-completed": lambda: before(RedisClaims, "complete"),
     "claim-completed-before-ack": lambda: after(RedisClaims, "complete"),

@@ -67,21 +67,32 @@ async def apply(event: Placed, tx: Tx, delivery: Delivery) -> Applied:
         failpoints.die()
     if delivery.attempt <= {FAILS_ONCE: 1, FAILS_TWICE: 2}.get(event.does, 0):
         raise Flaky(event.does)
-    tx.defer_row("insert into effect (n, which) select n, 'placed' from unnest(%s::bigint[]) g (n)", (event.n,))
+    await write(tx, "insert into effect (n, which) select n, 'placed' from unnest(%s::bigint[]) g (n)", event.n)
     return Applied(n=event.n, key=event.key)
 
 
 @service.on(Applied, fuse=50, concurrency=4, retry=QUICK)
 async def count(event: Applied, tx: Tx) -> None:
-    tx.defer_row("insert into effect (n, which) select n, 'applied' from unnest(%s::bigint[]) g (n)", (event.n,))
+    await write(tx, "insert into effect (n, which) select n, 'applied' from unnest(%s::bigint[]) g (n)", event.n)
 
 
 @trail.on(Placed, ordered=True, fuse=50, concurrency=4)
 async def follow(event: Placed, tx: Tx) -> None:
-    tx.defer_row(
+    await write(
+        tx,
         "insert into trail (key, seq, n) select key, seq, n from unnest(%s::text[], %s::bigint[], %s::bigint[]) g (key, seq, n)",
-        (event.key, event.seq, event.n),
+        event.key,
+        event.seq,
+        event.n,
     )
+
+
+async def write(tx: Tx, sql: str, *row: object) -> None:
+    """At commit with all others, or at once where a failpoint is about that."""
+    if failpoints.writes_at_once:
+        await tx.execute(sql, [[value] for value in row])
+    else:
+        tx.defer_row(sql, row)
 
 
 @notify.on(Placed, guard="claims", concurrency=4, fuse=50, timeout=2.0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.faults.failpoints import NOTIFY, PRODUCER, RELAY, SERVICE
+from redis import Redis
+
+from tests.faults.failpoints import NOTIFY, PRODUCER, RELAY, SERVICE, TRAIL
 from tests.faults.scenario import scenario
-from tests.faults.world import World
+from tests.faults.world import Process, World
 
 RANDOM_KILLS = 20
-QUICK = {"after-commit-before-ack", "relay-confirmed-before-delete"}
+QUICK = {"service-after-commit-before-ack", "relay-confirmed-before-delete"}
 
 
 def killed_at(world: World, role: str, failpoint: str) -> None:
@@ -24,19 +26,31 @@ def killed_at(world: World, role: str, failpoint: str) -> None:
 for _role, _points in (("producer", PRODUCER), ("service", SERVICE), ("relay", RELAY), ("notify", NOTIFY)):
     for _point in _points:
         _name = _point if _point.startswith(_role) else f"{_role}-{_point}"
-        scenario(f"{_name}-killed", quick=_point in QUICK)(partial(killed_at, role=_role, failpoint=_point))
+        scenario(f"{_name}-killed", quick=_name in QUICK)(partial(killed_at, role=_role, failpoint=_point))
 
 
-def killed_at_random(world: World, role: str) -> None:
-    """Two of them, one of which is killed again and again: the other one goes on with what it leaves behind."""
-    world.begin("service", "trail", "relay", f"{role}-b")
-    for n in range(RANDOM_KILLS):
-        world.pause(0.05, 0.5)
-        world.restart((role, f"{role}-b")[n % 2])
+@scenario("trail-killed-at-each-of-its-moments")
+def trail_killed(world: World) -> None:
+    """One after the other: each goes on where the one before has died, and keeps the order of every key."""
+    world.begin()
+    world.role("trail").kill()
+    for point in TRAIL:
+        world.start("trail", failpoint=point, is_awaited=False).wait_killed()
+    world.start("trail")
     world.mended()
 
 
-for _role in ("service", "trail", "relay"):
+def killed_at_random(world: World, role: str) -> None:
+    """Two of them, one of which is killed again and again: the other one goes on with what it leaves behind. Of the producer there is one."""
+    names = (role,) if role == "producer" else (role, f"{role}-b")
+    world.begin("service", "relay", "notify" if role == "notify" else "trail", *names[1:])
+    for n in range(RANDOM_KILLS):
+        world.pause(0.05, 0.5)
+        world.restart(names[n % len(names)])
+    world.mended()
+
+
+for _role in ("service", "trail", "relay", "producer", "notify"):
     scenario(f"{_role}-killed-at-{RANDOM_KILLS}-random-times")(partial(killed_at_random, role=_role))
 
 
@@ -63,11 +77,81 @@ def frozen_service(world: World) -> None:
     world.begin("service", "service-b", "trail", "relay")
     frozen = world.role("service")
     frozen.freeze()
-    connections = len(world.connections())
-    world.until(lambda: len(world.connections()) < connections, "the broker to give the frozen one up", 6 * HEARTBEAT_S)
+    given_up(world)
     world.flow()
     frozen.thaw()
     world.mended()
+
+
+def given_up(world: World) -> None:
+    """Until the broker has ended the connections of who is frozen."""
+    connections = len(world.connections())
+    world.until(lambda: len(world.connections()) < connections, "the broker to give the frozen one up", 6 * HEARTBEAT_S)
+
+
+@scenario("trail-frozen-beyond-its-heartbeat")
+def frozen_trail(world: World) -> None:
+    """The one that has the ordered queue to itself: the other takes over, and back again. The first wakes up in the middle of what it did."""
+    world.environment["ORDERBUS_BROKER_URL"] += f"?heartbeat={HEARTBEAT_S}"
+    # Its open transaction holds the rows of those that come first: docs/guarantees.md, "When a process is frozen".
+    world.environment["ORDERBUS_DATABASE_URL"] += f"?options=-c%20idle_in_transaction_session_timeout%3D{HEARTBEAT_S}s"
+    world.begin("service", "relay", "trail")
+    world.start("trail-b")
+    for name in ("trail", "trail-b"):
+        connections = len(world.connections())
+        world.pause(0.0, 0.3)
+        world.role(name).freeze()
+        given_up(world)
+        follow(world)
+        world.role(name).thaw()
+        come_back(world, connections)
+    world.mended()
+
+
+def follow(world: World, count: int = 500) -> None:
+    """Until so many more have been followed."""
+    query = "select count(*) from trail"
+    target = world.number(query) + count
+    world.until(lambda: world.number(query) >= target, f"{count} more to be followed")
+
+
+def come_back(world: World, connections: int) -> None:
+    world.until(lambda: len(world.connections()) >= connections, "who was frozen to come back")
+
+
+@scenario("notify-frozen-beyond-its-claims")
+def frozen_notify(world: World) -> None:
+    """With claims in its hands: when their lease is over, the other one handles what it held. So much may be noted twice, and no more."""
+    world.environment["ORDERBUS_BROKER_URL"] += f"?heartbeat={HEARTBEAT_S}"
+    world.begin("service", "relay", "notify")
+    frozen = world.role("notify")
+    with Redis(port=world.servers.redis.port) as redis:
+        world.until(lambda: is_caught(world, frozen, redis), "it to be frozen with claims in its hands")
+        held = unfinished(world, redis)
+        world.most_repeated = len(held)
+        world.start("notify-b")
+        world.until(lambda: all(redis.hexists(name, "answer") for name in held), "the other one to do what was claimed")
+    frozen.thaw()
+    world.mended()
+
+
+def is_caught(world: World, process: Process, redis: Redis) -> bool:
+    """Frozen, and holding claims; else it goes on."""
+    process.freeze()
+    world.pause(0.1, 0.3)  # what it has sent has come
+    if unfinished(world, redis):
+        return True
+    process.thaw()
+    return False
+
+
+def unfinished(world: World, redis: Redis) -> list[bytes]:
+    """The claims of this run that are held, and not done."""
+    names = list(redis.scan_iter(f"{world.environment['ORDERBUS_REDIS_PREFIX']}*", count=1000))
+    pipeline = redis.pipeline(transaction=False)
+    for name in names:
+        pipeline.hexists(name, "answer")
+    return [name for name, is_done in zip(names, pipeline.execute(), strict=True) if not is_done]
 
 
 @scenario("services-stopped-under-load-and-started-again")
