@@ -14,7 +14,7 @@ import msgspec
 from tests.faults.jobs import results_of, spread
 from tests.faults.scenario import BUILD, RATE, Result, Scenario, all_scenarios
 
-COLUMNS = ("sent", "lost", "doubled", "ghosts", "disordered", "innocents_parked", "recovery_s", "seconds")
+COLUMNS = ("sent", "lost", "doubled", "ghosts", "disordered", "innocents_parked", "misparked", "recovery_s", "seconds")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Hostile messages for the queue of `faults.placed`: what must be parked and why, and what only looks odd and is handled."""
+"""Hostile messages for the queues of `faults.placed`: what must be parked and why, and what only looks odd and is handled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from uuid import UUID
 import msgspec
 
 from orderbus._core.ids import uuid7
+from tests.faults.ledger import PLACED
 from tests.rabbitmq.strangers import (
     APP,
     CLUSTER,
@@ -36,7 +37,8 @@ DEDUPE_WINDOW_S = 7 * 86_400
 MIB = 1 << 20
 NO_UTF8 = b"\xff\xfe"
 DEEP = 100_000
-DROPPED = ""
+EXHAUSTED = "retries-exhausted"
+DROPPED = "rejected"
 """The reason of a letter that the broker has moved: the body was too large to be kept, and was rejected."""
 
 
@@ -48,6 +50,10 @@ class Hostile(NamedTuple):
     body: bytes
     reason: str | None
     n: int
+
+    def is_for(self, queue: str) -> bool:
+        """What only a column refuses goes to one queue only: others have other columns, or none, and other policies."""
+        return self.reason != EXHAUSTED or queue == PLACED
 
 
 def event_id(rng: random.Random, ago_s: float = 0.0) -> UUID:
@@ -155,8 +161,8 @@ def all_of(rng: random.Random, first: int) -> list[Hostile]:
         ("17 MiB", DROPPED, lambda n: body(n, does="x" * 17 * MIB)),
         ("a number twice, of which the last counts", None, lambda n: b'{"n":-1,' + body(n)[1:]),
         ("a field that nobody knows", None, lambda n: body(n, more={"x": [1, 2, 3]})),
-        ("a number that no column takes", "retries-exhausted", lambda n: body(n, n=1 << 70)),
-        ("a zero byte that no column takes", "retries-exhausted", lambda n: body(n, key="\0")),
+        ("a number that no column takes", EXHAUSTED, lambda n: body(n, n=1 << 70)),
+        ("a zero byte that no column takes", EXHAUSTED, lambda n: body(n, key="\0")),
     ):  # fmt: skip
         add(f"body: {what}", reason, healthy(), content)
     return made

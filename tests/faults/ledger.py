@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
+
+PLACED, APPLIED, FOLLOWED = "faults.faults.placed", "faults.faults.applied", "faults-trail.faults.placed"
+"""The consumers that have an inbox."""
+
+
+class Place(NamedTuple):
+    """Where a parked message lies, and why."""
+
+    queue: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"in {self.queue} ({self.reason})"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -13,15 +27,14 @@ class Source(msgspec.Struct, frozen=True):
 
     key: str
     seq: int
-    is_parked: bool = False
-    """Its handler parks it on purpose."""
+    parked: Place | None = None
+    """Where it must end up, if its handler does not get through with it."""
 
 
 class Letter(msgspec.Struct, frozen=True):
     """A message in a dead letter queue; `n` is None where the body is no event of the run."""
 
-    queue: str
-    reason: str
+    place: Place
     n: int | None
 
 
@@ -30,8 +43,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     `placed` and `applied`: a number for each row of effect. `trail`: key, seq and n in the order in which they were written; None where
     nobody followed. `noted`: effects outside any database, a number each; None where nobody noted. `unpublished`: rows of the outbox
-    and stuck ones. `unhandled`: messages in queues that are no dead letter queues. `strangers`: reasons of letters that the run sent to
-    be parked, with their number. `most_repeated`: how many may come again; None where docs/guarantees.md sets no bound.
+    and stuck ones. `unhandled`: messages in queues that are no dead letter queues. `handled`: rows of the inbox, for each consumer.
+    `strangers`: where the letters must lie that the run sent to be parked, and how many. `most_repeated`: how many may come again; None
+    where docs/guarantees.md sets no bound.
     """
 
     committed: Mapping[int, Source]
@@ -42,14 +56,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     letters: Sequence[Letter] = ()
     unpublished: int = 0
     unhandled: int = 0
-    strangers: Mapping[str, int] = {}
+    handled: Mapping[str, int] = {}
+    strangers: Mapping[Place, int] = {}
     most_repeated: int | None = None
 
 
 class Count(msgspec.Struct, frozen=True, kw_only=True):
-    """All but `sent`, `parked` and `repeated` must be 0. `repeated` are letters and outside effects that came again.
+    """All but `sent`, `handled`, `parked` and `repeated` must be 0. `disordered` is None where nobody followed any order.
 
-    That is not promised: docs/guarantees.md, "When a process dies", says when they may.
+    `misparked` were to be parked, and lie in another queue or with another reason. `repeated` are letters and outside effects that
+    came again. That they don't is not promised: docs/guarantees.md, "When a process dies", says when they may.
     """
 
     sent: int
@@ -57,9 +73,11 @@ class Count(msgspec.Struct, frozen=True, kw_only=True):
     lost: int
     doubled: int
     ghosts: int
-    disordered: int
+    disordered: int | None
     innocents_parked: int
+    misparked: int
     repeated: int
+    handled: Mapping[str, int] = {}
     words: tuple[str, ...] = ()
     """One line for each kind of violation, with the first numbers."""
 
@@ -72,9 +90,12 @@ def count(facts: Facts) -> Count:
     """Compare. Every violation is counted once, and named in `words`."""
     words: list[str] = []
     committed = set(facts.committed)
-    parks = {n for n, source in facts.committed.items() if source.is_parked}
-    guilty, innocents = _letters(facts, parks)
-    repeated = sum(letter.n in parks for letter in facts.letters) - len(guilty)
+    places = {n: source.parked for n, source in facts.committed.items() if source.parked}
+    parks = places.keys()
+    guilty = [letter for letter in facts.letters if letter.n in parks]
+    others = [letter for letter in facts.letters if letter.n not in parks and letter.place not in facts.strangers]
+    parked = {letter.n for letter in guilty if letter.n is not None}
+    repeated = len(guilty) - len(parked)
 
     def found(what: str, numbers: Sequence[object]) -> int:
         if numbers:
@@ -83,11 +104,10 @@ def count(facts: Facts) -> Count:
 
     lost = found("lost, never placed", sorted(committed - parks - set(facts.placed)))
     lost += found("lost, never applied", sorted(committed - parks - set(facts.applied)))
-    lost += found("lost, never parked", sorted(parks - guilty))
+    lost += found("lost, never parked", sorted(parks - parked))
     doubled = found("placed twice", _again(facts.placed)) + found("applied twice", _again(facts.applied))
-    ours = {letter.n for letter in facts.letters if letter.n is not None and letter.reason not in facts.strangers}
-    everywhere = {*facts.placed, *facts.applied, *ours}
-    disordered = 0
+    everywhere = {*facts.placed, *facts.applied, *(letter.n for letter in others if letter.n is not None)}
+    disordered = None
     if facts.trail is not None:
         followed = [n for _, _, n in facts.trail]
         lost += found("lost, never followed", sorted(committed - set(followed)))
@@ -100,6 +120,9 @@ def count(facts: Facts) -> Count:
         everywhere.update(facts.noted)
     ghosts = found("ghosts", sorted(everywhere - committed))
     wrongly_applied = found("handled and parked", sorted(parks & {*facts.placed, *facts.applied}))
+    misparked = [f"{letter.n} {letter.place}" for letter in guilty if letter.n is not None and letter.place != places[letter.n]]
+    innocents = [f"{letter.n} {letter.place}" for letter in others]
+    _check_inbox(facts, words)
     if facts.most_repeated is not None and repeated > facts.most_repeated:
         words.append(f"{repeated} letters or outside effects came again; {facts.most_repeated} may")
     if facts.unpublished:
@@ -114,26 +137,27 @@ def count(facts: Facts) -> Count:
         ghosts=ghosts,
         disordered=disordered,
         innocents_parked=found("innocents parked", innocents) + _strangers(facts, words),
+        misparked=found("parked where or why they must not be", misparked),
+        handled=facts.handled,
         repeated=repeated,
         words=tuple(words),
     )
 
 
-def _letters(facts: Facts, parks: set[int]) -> tuple[set[int], list[str]]:
-    """Which of those that must be parked are, and which letters should not be there."""
-    innocents = [
-        f"{letter.n} in {letter.queue} ({letter.reason})"
-        for letter in facts.letters
-        if letter.n not in parks and letter.reason not in facts.strangers
-    ]
-    return {letter.n for letter in facts.letters if letter.n is not None} & parks, innocents
+def _check_inbox(facts: Facts, words: list[str]) -> None:
+    """Each row of the inbox was committed with one effect, and each effect with one row."""
+    effects = {PLACED: facts.placed, APPLIED: facts.applied, FOLLOWED: [n for _, _, n in facts.trail or ()]}
+    for consumer, rows in facts.handled.items():
+        found = len(set(effects.get(consumer, ())))
+        if rows != found:
+            words.append(f"{rows} rows in the inbox of {consumer} beside {found} effects")
 
 
 def _strangers(facts: Facts, words: list[str]) -> int:
     """How many letters are missing or too many among those that had to come."""
-    seen = Counter(letter.reason for letter in facts.letters)
-    wrong = {reason: (wanted, seen[reason]) for reason, wanted in facts.strangers.items() if seen[reason] != wanted}
-    words.extend(f"{has} letters with the reason {reason} instead of {wanted}" for reason, (wanted, has) in wrong.items())
+    seen = Counter(letter.place for letter in facts.letters)
+    wrong = {place: (wanted, seen[place]) for place, wanted in facts.strangers.items() if seen[place] != wanted}
+    words.extend(f"{has} letters instead of {wanted} {place}" for place, (wanted, has) in wrong.items())
     return sum(abs(wanted - has) for wanted, has in wrong.values())
 
 

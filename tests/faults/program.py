@@ -23,6 +23,7 @@ import anyio
 
 from orderbus import Bus, Delivery, Event, Park, Retry, Settings, Tx
 from tests.faults import failpoints
+from tests.faults.ledger import APPLIED, PLACED, Place
 
 KEYS = 200
 PER_TRANSACTION = 20
@@ -196,9 +197,11 @@ async def roll_back(n: int) -> None:
             logging.warning("rolling back: %r", error)
 
 
+PARKED = {PARKS: Place(f"{PLACED}.dlq", "asked-for"), KILLS: Place(f"{PLACED}.dlq", "delivery-limit")}
+"""Where an event ends up, by what it makes its handler do."""
 BUSES = {"relay": relay, "service": service, "trail": trail, "notify": notify}
 QUEUES = {
-    "service": ["faults.faults.placed", "faults.faults.applied"],
+    "service": [PLACED, APPLIED],
     "trail": ["faults-trail.ordered"],
     "notify": ["faults-notify.faults.placed"],
 }

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -36,7 +36,10 @@ class Scenario(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """One line of the table. `recovery_s` is None where nothing had to recover; `words` say what went wrong."""
+    """One line of the table: the count, and how it came to it.
+
+    `disordered` is None where nobody followed any order, `recovery_s` where nothing had to recover; `words` say what went wrong.
+    """
 
     name: str
     seed: int
@@ -45,10 +48,12 @@ class Result(msgspec.Struct, kw_only=True):
     lost: int = 0
     doubled: int = 0
     ghosts: int = 0
-    disordered: int = 0
+    disordered: int | None = None
     innocents_parked: int = 0
+    misparked: int = 0
     recovery_s: float | None = None
     seconds: float = 0.0
+    handled: Mapping[str, int] = {}
     parked: int = 0
     repeated: int = 0
     words: tuple[str, ...] = ()
@@ -84,7 +89,7 @@ def run(one: Scenario, servers: Servers, seed: int, *, rate: float = RATE, folde
         with World(servers, one.name, seed, folder / one.name, rate) as world:
             one.part(world)
             found = count(world.settle())
-            for name in ("sent", "parked", "lost", "doubled", "ghosts", "disordered", "innocents_parked", "repeated", "words"):
+            for name in found.__struct_fields__:
                 setattr(result, name, getattr(found, name))
             result.recovery_s = world.recovery_s
             result.passed = found.is_clean

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from tests.faults.ledger import Count, Facts, Letter, Source, count
+from tests.faults.ledger import APPLIED, FOLLOWED, PLACED, Count, Facts, Letter, Place, Source, count
 
 PARKED = 7
-COMMITTED = {n: Source(f"k{n % 3}", n // 3 + 1, n == PARKED) for n in range(12)}
+ASKED_FOR, BAD_BODY = Place("q.dlq", "asked-for"), Place("q.dlq", "bad-body")
+COMMITTED = {n: Source(f"k{n % 3}", n // 3 + 1, ASKED_FOR if n == PARKED else None) for n in range(12)}
 HANDLED = tuple(n for n in COMMITTED if n != PARKED)
 CLEAN = Facts(
     committed=COMMITTED,
@@ -18,7 +19,8 @@ CLEAN = Facts(
     applied=HANDLED[::-1],
     trail=[(source.key, source.seq, n) for n, source in COMMITTED.items()],
     noted=tuple(COMMITTED),
-    letters=[Letter("q.dlq", "asked-for", PARKED)],
+    letters=[Letter(ASKED_FOR, PARKED)],
+    handled={PLACED: 11, APPLIED: 11, FOLLOWED: 12},
 )
 
 
@@ -30,14 +32,22 @@ def swapped(trail: Any, one: int, other: int) -> list[tuple[str, int, int]]:
 
 def test_a_run_in_which_nothing_went_wrong_is_clean() -> None:
     assert count(CLEAN) == Count(
-        sent=12, parked=1, lost=0, doubled=0, ghosts=0, disordered=0, innocents_parked=0, repeated=0, words=()
-    )
+        sent=12, parked=1, lost=0, doubled=0, ghosts=0, disordered=0, innocents_parked=0, misparked=0, repeated=0,
+        handled={PLACED: 11, APPLIED: 11, FOLLOWED: 12},
+    )  # fmt: skip
+
+
+def test_where_nobody_followed_no_order_was_looked_at() -> None:
+    found = count(replace(CLEAN, trail=None, handled={PLACED: 11, APPLIED: 11}))
+
+    assert (found.disordered, found.is_clean) == (None, True)
 
 
 def test_keys_may_overtake_each_other() -> None:
     assert count(replace(CLEAN, trail=swapped(CLEAN.trail, 0, 1))).is_clean
 
 
+VIOLATIONS = ("lost", "doubled", "ghosts", "disordered", "innocents_parked", "misparked")
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
     "lost-effect": ({"placed": HANDLED[1:]}, "lost"),
     "lost-follow-up": ({"applied": HANDLED[1:]}, "lost"),
@@ -53,11 +63,17 @@ PLANTED: dict[str, tuple[dict[str, Any], str]] = {
     "ghost-on-the-trail": ({"trail": [*(CLEAN.trail or ()), ("ghost", 0, 1_000_010)]}, "ghosts"),
     "ghost-note": ({"noted": (*COMMITTED, 1_000_010)}, "ghosts"),
     "swapped-pair": ({"trail": swapped(CLEAN.trail, 0, 3)}, "disordered"),
-    "innocent-parked": ({"letters": [*CLEAN.letters, Letter("q.dlq", "retries-exhausted", 3)]}, "innocents_parked"),
-    "stranger-missing": ({"strangers": {"malformed-properties": 1}}, "innocents_parked"),
+    "innocent-parked": ({"letters": [*CLEAN.letters, Letter(Place("q.dlq", "retries-exhausted"), 3)]}, "innocents_parked"),
+    "stranger-missing": ({"strangers": {BAD_BODY: 1}}, "innocents_parked"),
     "stranger-too-many": (
-        {"letters": [*CLEAN.letters, *[Letter("q.dlq", "bad-body", None)] * 2], "strangers": {"bad-body": 1}},
+        {"letters": [*CLEAN.letters, *[Letter(BAD_BODY, None)] * 2], "strangers": {BAD_BODY: 1}},
         "innocents_parked",
+    ),
+    "parked-for-a-wrong-reason": ({"letters": [Letter(Place("q.dlq", "retries-exhausted"), PARKED)]}, "misparked"),
+    "parked-in-a-wrong-queue": ({"letters": [Letter(Place("other.dlq", "asked-for"), PARKED)]}, "misparked"),
+    "parked-once-more-for-a-wrong-reason": (
+        {"letters": [*CLEAN.letters, Letter(Place("q.dlq", "rejected"), PARKED)]},
+        "misparked",
     ),
 }
 
@@ -66,12 +82,23 @@ PLANTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_planted_violation_is_found_and_is_the_only_one(planted: str) -> None:
     changes, kind = PLANTED[planted]
 
-    found = count(replace(CLEAN, **changes))
+    found = count(replace(CLEAN, handled={}, **changes))
 
-    assert {name: getattr(found, name) for name in ("lost", "doubled", "ghosts", "disordered", "innocents_parked")} == {
-        "lost": 0, "doubled": 0, "ghosts": 0, "disordered": 0, "innocents_parked": 0, kind: 1,
-    }  # fmt: skip
+    assert {name: getattr(found, name) for name in VIOLATIONS} == dict.fromkeys(VIOLATIONS, 0) | {kind: 1}
     assert len(found.words) == 1
+
+
+@pytest.mark.parametrize("place", [Place("q.dlq", "worse-body"), Place("other.dlq", "bad-body")])
+def test_a_stranger_for_a_wrong_reason_or_in_a_wrong_queue_is_one_missing_and_one_that_should_not_be_there(place: Place) -> None:
+    found = count(replace(CLEAN, letters=[*CLEAN.letters, Letter(place, None)], strangers={BAD_BODY: 1}))
+
+    assert (found.innocents_parked, len(found.words)) == (2, 2)
+
+
+@pytest.mark.parametrize("consumer", [PLACED, APPLIED, FOLLOWED])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_an_inbox_that_does_not_match_its_effects_is_no_clean_end(consumer: str, more: int) -> None:
+    assert not count(replace(CLEAN, handled={**CLEAN.handled, consumer: CLEAN.handled[consumer] + more})).is_clean
 
 
 @pytest.mark.parametrize("what", ["unpublished", "unhandled"])

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ import msgspec
 import psycopg
 
 from orderbus.adapters.postgres import apply
-from tests.faults.ledger import Facts, Letter, Source
-from tests.faults.program import KILLS, PARKS, QUEUES, READY
+from tests.faults.ledger import Facts, Letter, Place, Source
+from tests.faults.program import PARKED, QUEUES, READY
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Servers
 
@@ -48,6 +48,7 @@ create table key (key text primary key, seq bigint not null);
 create table effect (n bigint not null, which text not null);
 create table trail (id bigint generated always as identity primary key, key text not null, seq bigint not null, n bigint not null);
 """
+HANDLED = "select name, count(event_id) from orderbus.consumer left join orderbus.inbox on consumer = id group by name"
 
 
 class Broken(AssertionError):
@@ -133,8 +134,8 @@ class World:
         self.recovery_s: float | None = None
         self.may_end_badly: set[str] = set()
         """Roles whose processes need not end with 0."""
-        self.strangers: dict[str, int] = {}
-        """Letters that the scenario itself has provoked: how many of each reason."""
+        self.strangers: Mapping[Place, int] = {}
+        """Letters that the scenario itself has provoked: where they must lie, and how many."""
         self.most_repeated: int | None = None
         """So many letters and outside effects may come again; None: any number."""
         self.roles: list[Process] = []
@@ -283,9 +284,8 @@ class World:
     def lag(self) -> int:
         """Events that were committed and not yet applied, those that get parked left out."""
         return self.number(
-            "select (select count(*) from source where does not in (%s, %s)) - (select count(*) from effect where which = 'applied')",
-            PARKS,
-            KILLS,
+            "select (select count(*) from source where does <> all (%s)) - (select count(*) from effect where which = 'applied')",
+            list(PARKED),
         )
 
     def ready(self) -> dict[str, int]:
@@ -424,7 +424,7 @@ class World:
         effects = self.execute("select n, which from effect")
         source = self.execute("select n, key, seq, does from source")
         return Facts(
-            committed={n: Source(key, seq, does in (PARKS, KILLS)) for n, key, seq, does in source},
+            committed={n: Source(key, seq, PARKED.get(does)) for n, key, seq, does in source},
             placed=[n for n, which in effects if which == "placed"],
             applied=[n for n, which in effects if which == "applied"],
             trail=[(key, seq, n) for key, seq, n in self.execute("select key, seq, n from trail order by id")]
@@ -434,6 +434,7 @@ class World:
             letters=letters,
             unpublished=self._unpublished(),
             unhandled=sum(count for queue, count in ready.items() if not queue.endswith(DEAD)),
+            handled=dict(self.execute(HANDLED)),
             strangers=self.strangers,
             most_repeated=self.most_repeated,
         )
@@ -469,11 +470,17 @@ async def _letters(url: str, counts: dict[str, int]) -> list[Letter]:
         for queue, count in counts.items():
             for _ in range(count):
                 message = await channel.basic_get(queue)
-                headers = message.header.properties.headers or {}
-                letters.append(Letter(queue, str(headers.get("ob-reason", "")), number_of(message.body)))
+                reason = reason_of(message.header.properties.headers or {})
+                letters.append(Letter(Place(queue, reason), number_of(message.body)))
         return letters
     finally:
         await connection.close()
+
+
+def reason_of(headers: Mapping[str, Any]) -> str:
+    """Why a letter was parked, by us or by the broker."""
+    deaths = headers.get("x-death") or [{}]
+    return str(headers.get("ob-reason") or str(deaths[0].get("reason", "")).replace("_", "-"))
 
 
 def number_of(body: bytes) -> int | None:

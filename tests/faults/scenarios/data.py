@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import aiormq
 
 from tests.faults.hostile import KEY, Hostile, all_of, body, event_id
+from tests.faults.ledger import PLACED, Place
+from tests.faults.program import QUEUES
 from tests.faults.scenario import scenario
-from tests.faults.world import Broken, World
+from tests.faults.world import Broken, World, reason_of
 from tests.rabbitmq.strangers import CONTENT_TYPE, HEADERS, MESSAGE_ID, TYPE, properties, publish_raw, short, text
 
-QUEUE = "faults.faults.placed"
-DEAD = f"{QUEUE}.dlq"
+ALL_QUEUES = (PLACED, *QUEUES["trail"], *QUEUES["notify"])
 FIRST = 20_000_000
 """The numbers of strangers' events are above all others."""
-ROUNDS = 3
+ROUNDS = 2
 COPIES = 20
 RAW_BYTES = 8192
 
@@ -28,14 +29,17 @@ def commit(world: World, numbers: Sequence[int]) -> None:
     world.execute("insert into source (n, key, seq, does) select n, %s, 0, '' from unnest(%s::bigint[]) n", KEY, list(numbers))
 
 
-def send(world: World, messages: Sequence[tuple[bytes, bytes]]) -> None:
-    asyncio.run(publish_raw(world.broker_url, QUEUE, messages))
+def send(world: World, messages: Sequence[tuple[bytes, bytes]], queue: str = PLACED) -> None:
+    asyncio.run(publish_raw(world.broker_url, queue, messages))
 
 
 @scenario("hostile-messages", quick=True)
 def hostile(world: World) -> None:
-    """Bad UTF-8, impossible times, nesting bombs, 17 MiB, wrong types, forged counters, in the middle of the load."""
-    world.begin("service", "service-b", "relay")
+    """Bad UTF-8, impossible times, nesting bombs, 17 MiB, wrong types, forged counters, in the middle of the load.
+
+    To a handler with an inbox, to the ordered one, and to the one with claims.
+    """
+    world.begin("service", "service-b", "relay", "trail", "notify")
     connections = set(world.connections())
     sent: list[Hostile] = []
     for _ in range(ROUNDS):
@@ -45,13 +49,14 @@ def hostile(world: World) -> None:
         world.rng.shuffle(kinds)
         while kinds:
             some, kinds = kinds[:10], kinds[10:]
-            send(world, [(one.properties, one.body) for one in some])
+            for queue in ALL_QUEUES:
+                send(world, [(one.properties, one.body) for one in some if one.is_for(queue)], queue)
             world.pause(0.0, 0.3)
-    parked = [one for one in sent if one.reason is not None]
-    world.strangers = Counter(one.reason for one in parked)
-    with suppress(Broken):  # the comparison says what is missing
-        world.until(lambda: len(letters_of(world)) >= len(parked), "the strangers' letters")
-    compare(parked, letters_of(world))
+    parked = {queue: [one for one in sent if one.reason is not None and one.is_for(queue)] for queue in ALL_QUEUES}
+    world.strangers = Counter(Place(dead(queue), str(one.reason)) for queue in ALL_QUEUES for one in parked[queue])
+    names = {one.body: one.name for one in sent}
+    for queue, these in parked.items():
+        compare([letter(one) for one in these], await_letters(world, len(these), queue), names)
     if gone := connections - set(world.connections()):
         raise Broken(f"{len(gone)} connections have ended because of what they were sent")
     world.mended()
@@ -59,15 +64,18 @@ def hostile(world: World) -> None:
 
 @scenario("the-same-id-with-another-body")
 def another_body(world: World) -> None:
-    """The first body that is handled counts. Every other one is parked, whether it comes at the same time or later."""
+    """The first body that is handled counts. Every other one is parked as it came, whether at the same time or later."""
     world.begin("service", "service-b", "relay")
     ids = [event_id(world.rng) for _ in range(50)]
     commit(world, range(FIRST, FIRST + len(ids)))
-    for does in ("", "another", "a third"):
-        send(world, [(healthy(str(one)), body(FIRST + n, does=does)) for n, one in enumerate(ids)])
+    bodies = {does: [body(FIRST + n, does=does) for n in range(len(ids))] for does in ("", "another", "a third")}
+    for these in bodies.values():
+        send(world, [(healthy(str(one)), content) for one, content in zip(ids, these, strict=True)])
         world.until(lambda: world.number("select count(*) from effect where n >= %s", FIRST) == 2 * len(ids), "all to be handled")
-    world.strangers = {"id-reused": 2 * len(ids)}
-    world.until(lambda: len(letters_of(world)) >= 2 * len(ids), "the letters")
+    wrong = [*bodies["another"], *bodies["a third"]]
+    world.strangers = {Place(dead(PLACED), "id-reused"): len(wrong)}
+    names = {content: content.decode() for content in wrong}
+    compare([("id-reused", content, b"") for content in wrong], await_letters(world, len(wrong)), names)
     world.mended()
 
 
@@ -95,14 +103,36 @@ def healthy(event_id: str) -> bytes:
     )
 
 
-def letters_of(world: World) -> list[tuple[str, bytes, bytes]]:
-    """Reason, body and (where they could not be read) properties of the strangers' letters; all stay where they are."""
-    found: list[tuple[str, bytes, bytes]] = []
+StrangersLetter = tuple[str, bytes, bytes]
+"""Reason, body and, where they could not be read, properties."""
+
+
+def dead(queue: str) -> str:
+    return f"{queue}.dlq"
+
+
+def letter(one: Hostile) -> StrangersLetter:
+    """What must become of it."""
+    return str(one.reason), one.body, one.properties[:RAW_BYTES] if one.reason == "malformed-properties" else b""
+
+
+def await_letters(world: World, count: int, queue: str = PLACED) -> list[StrangersLetter]:
+    """So many, or those that have come in time: the comparison says what is missing."""
+    with suppress(Broken):
+        world.until(
+            lambda: world.ready()[dead(queue)] >= count and len(letters_of(world, queue)) >= count, "the strangers' letters"
+        )
+    return letters_of(world, queue)
+
+
+def letters_of(world: World, queue: str = PLACED) -> list[StrangersLetter]:
+    """All stay where they are."""
+    found: list[StrangersLetter] = []
 
     async def look(channel: aiormq.abc.AbstractChannel) -> None:
-        while (message := await channel.basic_get(DEAD)).delivery_tag:  # type: ignore[union-attr]
+        while (message := await channel.basic_get(dead(queue))).delivery_tag:  # type: ignore[union-attr]
             headers = message.header.properties.headers or {}
-            reason = str(headers.get("ob-reason", ""))
+            reason = reason_of(headers)
             if reason != "asked-for":
                 found.append((reason, message.body, bytes(headers.get("ob-raw-properties", b""))))  # type: ignore[arg-type]
 
@@ -110,16 +140,11 @@ def letters_of(world: World) -> list[tuple[str, bytes, bytes]]:
     return found
 
 
-def compare(sent: Sequence[Hostile], letters: Sequence[tuple[str, bytes, bytes]]) -> None:
-    wanted = Counter(
-        (one.reason, one.body, one.properties[:RAW_BYTES] if one.reason == "malformed-properties" else b"") for one in sent
-    )
-    found = Counter(letters)
-    missing, more = wanted - found, found - wanted
+def compare(wanted: Sequence[StrangersLetter], letters: Sequence[StrangersLetter], names: Mapping[bytes, str]) -> None:
+    """Reason, body and properties, byte by byte; raises Broken, with the names of the bodies."""
+    missing, more = Counter(wanted) - Counter(letters), Counter(letters) - Counter(wanted)
     if missing or more:
-        names = {(one.reason, one.body): one.name for one in sent}
-        by_body = {one.body: one.name for one in sent}
         raise Broken(
-            f"missing: {sorted(names[reason, content] for reason, content, _ in missing)}; "
-            f"instead: {sorted((by_body.get(content, 'altered'), reason) for reason, content, _ in more)}"
+            f"missing: {sorted((names[content], reason) for reason, content, _ in missing)}; "
+            f"instead: {sorted((names.get(content, 'altered'), reason) for reason, content, _ in more)}"
         )
