@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from tests.faults.ledger import APPLIED, PLACED
 from tests.faults.scenario import scenario
 from tests.faults.world import Broken, World
 
-PLACED, APPLIED = "faults.faults.placed", "faults.faults.applied"
+BOUND = {"exchange": "ob.events", "routing_key": "faults.applied.*"}
+"""How the queue APPLIED gets its events."""
+UNDERWAY = """\
+select (select count(*) filter (where which = 'placed') - count(*) filter (where which = 'applied') from effect)
+    - (select count(*) from orderbus.outbox where topic = 'faults.applied')
+    - (select count(*) from orderbus.stuck where topic = 'faults.applied')"""
+"""Follow-ups that have left the outbox and are not applied yet."""
 STUCK = "select count(*) from orderbus.stuck"
 GROWTH_MIB = 24.0
 """What a blocked process may grow by: some batches that it holds, and the allocator's mood."""
@@ -96,10 +103,15 @@ def relay_stopped(world: World) -> Iterator[None]:
 
 @scenario("queue-deleted-while-it-is-consumed")
 def queue_deleted(world: World) -> None:
-    """Its consumer declares it again. What is published until then has no queue to go to, and waits."""
+    """Unbound and drained first, for what lies in a queue goes with it. The relay publishes on: that has no queue to go to, and waits.
+
+    Its consumer declares it again, with its binding.
+    """
     world.begin()
-    with relay_stopped(world):
-        world.servers.rabbit.ctl("delete_queue", APPLIED, "-p", world.vhost)
+    world.on_channel(lambda channel: channel.queue_unbind(APPLIED, **BOUND))
+    world.until(lambda: world.number(STUCK) > 500, "events to be stuck")
+    world.until(lambda: not world.number(UNDERWAY) and not world.ready()[APPLIED], "the queue to be empty")
+    world.servers.rabbit.ctl("delete_queue", APPLIED, "-p", world.vhost)
     world.mended()
 
 
@@ -130,10 +142,9 @@ def exchange_missing(world: World) -> None:
 def unroutable(world: World) -> None:
     """A binding is gone: each event is returned, waits among the stuck, and goes out when there is a queue for it."""
     world.begin()
-    bound = {"exchange": "ob.events", "routing_key": "faults.applied.*"}
-    world.on_channel(lambda channel: channel.queue_unbind(APPLIED, **bound))
+    world.on_channel(lambda channel: channel.queue_unbind(APPLIED, **BOUND))
     world.until(lambda: world.number(STUCK) > 500, "events to be stuck")
-    world.on_channel(lambda channel: channel.queue_bind(APPLIED, **bound))
+    world.on_channel(lambda channel: channel.queue_bind(APPLIED, **BOUND))
     world.mended()
 
 
@@ -215,7 +226,7 @@ def timeout(world: World) -> None:
 
 
 def poison(world: World, limit: int) -> None:
-    """An event kills whoever reads it, as often as the queue's delivery limit allows, and is parked by the broker, alone."""
+    """An event kills whoever reads it, as often as the queue's delivery limit allows, and is parked by the broker for that, alone."""
     limited = f'{{"delivery-limit": {limit}}}'
     world.servers.rabbit.ctl(
         "set_policy", "limit", "^faults\\.faults\\.placed$", limited, "--apply-to", "queues", "-p", world.vhost
