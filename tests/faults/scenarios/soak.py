@@ -1,4 +1,4 @@
-"""Everything at once for a while: random faults of every kind, and processes that live through them all and must not grow."""
+"""Random faults of processes, networks and servers, one after the other, for a while; and processes that live through them all and must not grow."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ def soak(world: World) -> None:
     def killed() -> None:
         world.restart(world.rng.choice(("service-b", "trail-b", "relay-b", "notify-b", "producer")))
 
+    def stopped() -> None:
+        name = world.rng.choice(("service-b", "trail-b", "relay-b", "notify-b"))
+        world.role(name).stop()
+        world.start(name)
+
     def frozen() -> None:
         role = world.role(world.rng.choice(("service-b", "trail-b", "relay-b", "notify-b")))
         role.freeze()
@@ -89,6 +94,7 @@ def soak(world: World) -> None:
     faults: list[Callable[[], None]] = [
         killed,
         killed,
+        stopped,
         frozen,
         lambda: cut("one"),
         lambda: cut("all"),
