@@ -18,9 +18,9 @@ from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from orderbus._runtime.stats import Stats
-from orderbus._runtime.tracing import library_version
+from orderbus._runtime.tracing import library_version, sends
 
-__all__ = ["Durations", "Metrics", "Observable", "meters", "sends"]
+__all__ = ["Durations", "Metrics", "Observable", "meters"]
 
 Attributes = Mapping[str, str | bool]
 DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
@@ -28,10 +28,6 @@ DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 
 TOLD_TOGETHER = 64
 _NO_SPAN = Context({"orderbus.told": "later"})
 """Of what is recorded later, so that it is no exemplar of whichever span is current then. An empty context would mean the current one."""
-
-
-def sends(system: str) -> Attributes:
-    return {"messaging.system": system, "messaging.operation.name": "send"}
 
 
 class Observable(Protocol):

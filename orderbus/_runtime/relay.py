@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -20,11 +21,13 @@ from orderbus._core.policy import backoff_s
 from orderbus._core.settings import Settings
 from orderbus._core.topology import EVENTS_EXCHANGE, routing_key
 from orderbus._core.trace_context import trace_headers
-from orderbus._runtime.metrics import Metrics, sends
 from orderbus._runtime.stats import Stats
-from orderbus._runtime.tracing import Tracing, trace_ids
+from orderbus._runtime.tracing import Tracing, sends, trace_ids
 from orderbus.abc import Backlog, Broker, OutboxRow, OutboxStore, Stuck
 from orderbus.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from orderbus._runtime.metrics import Metrics
 
 log = logging.getLogger("orderbus.relay")
 

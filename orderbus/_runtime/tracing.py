@@ -42,6 +42,7 @@ __all__ = [
     "inside",
     "library_version",
     "outside",
+    "sends",
     "spans_of",
     "trace_ids",
 ]
@@ -101,6 +102,11 @@ def trace_ids(headers: TraceHeaders | None) -> dict[str, str]:
         return {}
     _, trace_id, span_id, _ = headers[TRACEPARENT].split("-")[:4]
     return {"trace.id": trace_id, "span.id": span_id}
+
+
+def sends(system: str) -> dict[str, str]:
+    """What the conventions want said of a publish, by metrics as by spans."""
+    return {"messaging.system": system, "messaging.operation.name": "send"}
 
 
 def headers_of(context: SpanContext) -> TraceHeaders:
