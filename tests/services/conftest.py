@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from orderbus.adapters import memory
 from services.shared import database
+from tests.servers import Rabbit
 from tests.services.shop import Shop
 
 STOCK = database.Stock(articles=5, pieces=100)
@@ -54,12 +55,19 @@ async def shop(shop_database_url: str, monkeypatch: pytest.MonkeyPatch) -> Async
 
 
 @pytest.fixture
+def shop_vhost_url(rabbit: Rabbit) -> Iterator[str]:
+    """A vhost of the test's own: the services' queues have the same names in every test, and an order left in one would be the next's."""
+    with rabbit.vhost(f"orderbus-test-{secrets.token_hex(4)}") as url:
+        yield url
+
+
+@pytest.fixture
 async def servers_shop(
-    shop_database_url: str, vhost_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    shop_database_url: str, shop_vhost_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Shop]:
     """On RabbitMQ and Redis."""
     prefix = f"orderbus-test:{secrets.token_hex(6)}:"
-    _set_environment(monkeypatch, vhost_url, shop_database_url)
+    _set_environment(monkeypatch, shop_vhost_url, shop_database_url)
     monkeypatch.setenv("ORDERBUS_REDIS_URL", redis_url)
     monkeypatch.setenv("ORDERBUS_REDIS_PREFIX", prefix)
     async with Shop.open(shop_database_url) as shop:

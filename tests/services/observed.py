@@ -15,7 +15,7 @@ import pytest
 
 from services.demo.processes import Child, wait_until_ready, wait_until_said
 from tests.faults.world import ROOT
-from tests.servers import Rabbit, free_port
+from tests.servers import free_port
 from tests.services.collector import LIMIT_S, Collector, Span, collecting
 
 __all__ = ["SERVICES", "Services", "ancestors", "below", "collector", "place", "services"]
@@ -86,7 +86,7 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(params=["together", "apart"])
-def services(request: pytest.FixtureRequest, collector: Collector, shop_database_url: str, tmp_path: Path) -> Iterator[Services]:
+def services(request: pytest.FixtureRequest, collector: Collector, shop_database_url: str, tmp_path: Path) -> Services:
     """To be started by the test. A trace is recorded where its caller wants that, and nothing that has no caller."""
     is_apart = request.param == "apart"
     environment = {
@@ -100,16 +100,13 @@ def services(request: pytest.FixtureRequest, collector: Collector, shop_database
         "OTEL_TRACES_SAMPLER": "parentbased_always_off",
         "ORDER_DEADLINE_S": "3600",
     }
-    with ExitStack() as stack:
-        if is_apart:
-            rabbit: Rabbit = request.getfixturevalue("rabbit")
-            environment |= {
-                # Of its own: what the test before has left in its queues would be in nobody's trace.
-                "ORDERBUS_BROKER_URL": stack.enter_context(rabbit.vhost(f"orderbus-test-{secrets.token_hex(4)}")),
-                "ORDERBUS_REDIS_URL": request.getfixturevalue("redis_url"),
-                "ORDERBUS_REDIS_PREFIX": f"orderbus-test:{secrets.token_hex(6)}:",
-            }
-        yield Services(environment, tmp_path, is_apart=is_apart)
+    if is_apart:
+        environment |= {
+            "ORDERBUS_BROKER_URL": request.getfixturevalue("shop_vhost_url"),
+            "ORDERBUS_REDIS_URL": request.getfixturevalue("redis_url"),
+            "ORDERBUS_REDIS_PREFIX": f"orderbus-test:{secrets.token_hex(6)}:",
+        }
+    return Services(environment, tmp_path, is_apart=is_apart)
 
 
 def place(url: str, parent: str, **changes: Any) -> str:

@@ -228,9 +228,9 @@ class Demo:
 
 
 @pytest.fixture
-def demo(shop_database_url: str, vhost_url: str, redis_url: str, tmp_path: Path) -> Iterator[Demo]:
+def demo(shop_database_url: str, shop_vhost_url: str, redis_url: str, tmp_path: Path) -> Iterator[Demo]:
     environment = {
-        "ORDERBUS_BROKER_URL": vhost_url,
+        "ORDERBUS_BROKER_URL": shop_vhost_url,
         "ORDERBUS_DATABASE_URL": shop_database_url,
         "ORDERBUS_REDIS_URL": redis_url,
         "ORDERBUS_REDIS_PREFIX": f"orderbus-test:{secrets.token_hex(6)}:",

@@ -277,13 +277,13 @@ async def place_one(broker_url: str, broker: Any) -> None:
 
 
 @pytest.mark.servers
-def test_rabbitmq_is_asked_for_the_depths_until_it_has_all_queues(vhost_url: str) -> None:
+def test_rabbitmq_is_asked_for_the_depths_until_it_has_all_queues(shop_vhost_url: str) -> None:
     async def prepare() -> None:
-        async with rabbitmq.open_broker(vhost_url, name="tests") as broker:
-            await place_one(vhost_url, broker)
+        async with rabbitmq.open_broker(shop_vhost_url, name="tests") as broker:
+            await place_one(shop_vhost_url, broker)
 
     names = queues.of_buses([payment.bus])
-    with queues.watching(vhost_url, names) as watch:
+    with queues.watching(shop_vhost_url, names) as watch:
         assert watch is not None
         watch.look()
         anyio.run(prepare)

@@ -154,14 +154,14 @@ def _is_try(span: Span) -> bool:
 
 @pytest.mark.parametrize("listens", [False, True], ids=["refuses", "is-silent"])
 def test_a_collector_that_is_away_holds_nothing_up_and_is_told_of_once(
-    shop_database_url: str, vhost_url: str, tmp_path: Path, listens: bool
+    shop_database_url: str, shop_vhost_url: str, tmp_path: Path, listens: bool
 ) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound, and not listening: every connection is refused
         if listens:
             nobody.listen()  # the kernel takes connections, and nobody ever answers
         environment = {
-            "ORDERBUS_BROKER_URL": vhost_url,
+            "ORDERBUS_BROKER_URL": shop_vhost_url,
             "ORDERBUS_DATABASE_URL": shop_database_url,
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}",
             "OTEL_METRIC_EXPORT_INTERVAL": "200",
