@@ -16,6 +16,7 @@ from orderbus._runtime.environment import Environment
 from orderbus._runtime.guard import HANDLED
 from orderbus._runtime.outage import Outage
 from orderbus._runtime.stats import QueueStats
+from orderbus._runtime.tracing import cause_of, trace_ids
 from orderbus.errors import MessageError, TransientError, UnavailableError
 
 log = logging.getLogger("orderbus.consumer")
@@ -149,7 +150,7 @@ class Accounts:
             about["error.type"] = type(error).__name__
         if reason is not None:
             about["event.reason"] = reason
-        return about | self._env.tracing.ids(work)
+        return about | trace_ids(cause_of(work))
 
 
 def _name(incoming: Incoming) -> str:

@@ -20,7 +20,7 @@ from orderbus._core.delivery import Batch, Delivery, Item
 from orderbus._core.policy import RetryLater
 from orderbus._core.work import Work, by_key, check_tx_result
 from orderbus._runtime.calling import check_cancelled, running_clock
-from orderbus._runtime.tracing import CURRENT_WORK, Tracing, about, inside, spans_of
+from orderbus._runtime.tracing import CURRENT_WORK, Tracing, about, cause_of, inside, spans_of
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus.abc import Claims, ClaimState, InboxEntry, Store, Verdict
 from orderbus.errors import HandlerTimeout, MessageError, UnavailableError, UsageError
@@ -107,7 +107,7 @@ class Caller:
         handler = work.route.handler
         arguments = self._arguments(work, work.event, tx, deadline)
         if tx is not None:
-            tx._cause = work.trace if work.span is None else self._tracing.cause(work)
+            tx._cause = work.trace if work.span is None else cause_of(work)
         CURRENT_WORK.set(work)  # until the next, or the end of the unit: to take it back after each costs as much again
         try:
             if work.span is None:
@@ -133,7 +133,7 @@ class Caller:
         batch = Batch([Item(work.event, delivery_of(work, deadline)) for work in works])
         handler = works[0].route.handler
         if tx is not None:
-            tx._causes = {work.key: cause for work in works if work.key is not None and (cause := self._tracing.cause(work))}
+            tx._causes = {work.key: cause for work in works if work.key is not None and (cause := cause_of(work))}
         CURRENT_WORK.set(works[0])
         try:
             with self._tracing.handling_batch(works):

@@ -1,9 +1,9 @@
 """Spans, by the conventions of OpenTelemetry for messaging and databases; and the trace context that goes with each event.
 
 Where no SDK is installed nothing is recorded, and the context of a handled message still goes on to what its handler emits. Where one
-is, a delivery whose trace is not sampled makes no span: one costs 10 to 20 µs, as much as all else that is done for a message, and up
-to ten times that where it is the only one in a while, since the SDK's code has to be fetched anew. So the ends of spans, and those that
-nobody refers to, are told to it some tens at a time, with the times at which they took place. docs/telemetry.md lists the spans and their
+is, a delivery whose trace is not sampled makes no span: one costs 10 to 20 µs, as much as all else that is done for a message, and some
+times that where it is the only one in a while, since the SDK's code has to be fetched anew. So the ends of spans, and those that nobody
+refers to, are told to it some tens at a time, with the times at which they took place. docs/telemetry.md lists the spans and their
 attributes.
 """
 
@@ -37,6 +37,7 @@ __all__ = [
     "CURRENT_WORK",
     "Tracing",
     "about",
+    "cause_of",
     "current_span",
     "current_trace",
     "inside",
@@ -93,6 +94,7 @@ def about(work: Work) -> dict[str, str]:
 
 
 def cause_of(work: Work) -> TraceHeaders | None:
+    """What the events carry that are emitted because of a delivery."""
     return work.trace if work.span is None else headers_of(work.span.get_span_context())
 
 
@@ -253,14 +255,6 @@ class Tracing:
         if work.key is not None:
             attributes["orderbus.key"] = work.key
         return attributes
-
-    def cause(self, work: Work) -> TraceHeaders | None:
-        """What the events carry that are emitted because of a delivery."""
-        return cause_of(work)
-
-    def ids(self, work: Work) -> dict[str, str]:
-        """Trace and span of a delivery, for the log."""
-        return trace_ids(cause_of(work))
 
     @contextmanager
     def handling_batch(self, works: Sequence[Work]) -> Iterator[None]:
