@@ -129,16 +129,22 @@ class GroupCommit:
         try:
             await self._commit(together)
         except Exception as error:  # the callers get it, each its own
-            is_away = isinstance(error, UnavailableError) and not isinstance(error, TransientError)
-            if not is_away and len(together) > 1:
-                for ticket in together:
-                    await self._serve([ticket])
+            if not _is_away(error) and len(together) > 1:
+                await self._serve_each(together)
             elif isinstance(error, TransientError) and tries < TRANSIENT_TRIES:
                 await self._serve(together, tries + 1)
             else:
                 self._finish(together, error)
         else:
             self._finish(together, None)
+
+    async def _serve_each(self, together: Sequence[_Ticket[Any]]) -> None:
+        """In a transaction of its own. Once the database is away, who comes after that learns it at once, not a time limit each."""
+        for n, ticket in enumerate(together):
+            await self._serve([ticket])
+            if _is_away(ticket.error):
+                self._finish(together[n + 1 :], ticket.error)
+                return
 
     async def _commit(self, together: Sequence[_Ticket[Any]]) -> None:
         spans = [ticket.span for ticket in together if ticket.span is not None]
@@ -162,3 +168,8 @@ class GroupCommit:
         for ticket in together:
             ticket.error = error
             ticket.done.set()
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether it says that the database can't be reached."""
+    return isinstance(error, UnavailableError) and not isinstance(error, TransientError)

@@ -1,5 +1,7 @@
 """Writes that arrive together commit together; who fails, fails alone."""
 
+from typing import Any
+
 import anyio
 import pytest
 
@@ -130,6 +132,41 @@ async def test_a_database_that_is_away_is_said_to_everybody_at_once(world: World
         assert await bus.group_commit(place(7)) == 7
 
     assert all(isinstance(outcome, UnavailableError) for outcome in outcomes)
+
+
+async def test_a_database_that_goes_while_they_are_run_one_by_one_is_said_to_the_rest_at_once(world: World) -> None:
+    bus, faults, begins, free = world.bus(relay=False), StoreFaults(world.store), Log(), anyio.Event()
+    begin = world.store.begin
+
+    async def counted(*arguments: Any) -> Any:
+        begins("begin")
+        return await begin(*arguments)
+
+    async def keep_a_lane_busy(tx: Tx) -> None:
+        await free.wait()
+
+    async def refuse(tx: Tx) -> None:
+        faults.is_away = len(begins.lines) == 2
+        raise CardRefused("no")
+
+    async with bus, anyio.create_task_group() as tasks:
+        for _ in range(LANES):
+            tasks.start_soon(bus.group_commit, keep_a_lane_busy)
+            await anyio.wait_all_tasks_blocked()
+        world.store.begin = counted  # type: ignore[method-assign]
+        outcomes: list[object] = []
+
+        async def six() -> None:
+            outcomes.extend(await together(bus, [refuse] * 6))
+
+        tasks.start_soon(six)
+        await anyio.wait_all_tasks_blocked()
+        free.set()
+        await until(lambda: len(outcomes) == 6)
+        faults.is_away = False
+
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["CardRefused", *["UnavailableError"] * 5]
+    assert len(begins.lines) == 3  # of all, of the first, and of the one after it
 
 
 async def test_a_caller_that_is_cancelled_before_its_turn_is_not_run(world: World) -> None:
