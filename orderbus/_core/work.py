@@ -74,6 +74,8 @@ class Work(msgspec.Struct, eq=False):
     """The `process` span of its last try, where that is recorded."""
     outcome: str = ""
     """What became of its last try, for the span."""
+    parks_for: str = ""
+    """The reason, where it is on its way to the dead letters."""
     yields: bool = False
     """It has been failing for so long that it may be parked for the sake of other keys."""
 

@@ -105,16 +105,17 @@ class Accounts:
                 extra=self._about(work, error),
             )
 
-    def parked(self, work: Work, reason: str, error: Exception | None) -> None:
+    def parked(self, work: Work) -> None:
+        """It is in the dead letters."""
         log.error(
             "queue %s: message %s parked: %s: %s",
             self._queue,
             _name(work.incoming),
-            reason,
-            _brief(error),
-            extra=self._about(work, error, reason),
+            work.parks_for,
+            _brief(work.error),
+            extra=self._about(work, work.error, work.parks_for),
         )
-        self._count_parked(reason)
+        self._count_parked(work.parks_for)
 
     def rejected(self, work: Work, error: MessageError) -> None:
         """One that was too large to be kept: the broker moves it to the dead letters itself."""

@@ -98,6 +98,8 @@ class Leaving:
             if receipt is Receipt.CONFIRMED:
                 self.count -= 1
                 self._settle(work, Step.FINISH)
+                if work.parks_for:
+                    self._accounts.parked(work)
             else:
                 self._refuse(work, outgoing)
         if not self._is_lost and any(receipt in (Receipt.UNROUTABLE, Receipt.UNKNOWN) for receipt in receipts):

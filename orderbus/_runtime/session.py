@@ -359,7 +359,7 @@ class Session:
             self._c.owes = True
 
     def _park(self, work: Work, reason: str, error: Exception | None) -> tuple[Work, Outgoing]:
-        self._accounts.parked(work, reason, error)
+        work.parks_for, work.error = reason, error
         read = work if work.route is not None else None
         return work, parked_message(work.incoming, reason, error, work=read, now_s=self._env.clock())
 

@@ -206,6 +206,7 @@ async def test_a_message_that_can_not_be_moved_at_all_is_rejected_and_comes_agai
 
     assert log.lines == [0, 0]
     assert world.ready() == 0
+    assert receipt_of(bus).stats.parked == 1  # and not two: it was in the dead letters once
 
 
 async def test_a_deleted_dead_letter_queue_is_declared_again_before_anything_is_dropped(world: World) -> None:
