@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from uuid import UUID
 
 import anyio
@@ -233,12 +233,17 @@ class DeadLetters:
             elif dry_run:
                 count(seen, Outcome.WOULD_EDIT)
             else:
-                [receipt] = await _published(
-                    self._broker, [edited_message(found, seen.origin, body, event_id=event_id, signing=self._signing)]
-                )
+                message = edited_message(found, seen.origin, body, event_id=event_id, signing=self._signing)
+                [receipt] = await _published(self._broker, [(seen, message)], count)
                 if receipt is Receipt.CONFIRMED:
                     look.take(found)
-                    await look.flush()
+                    try:
+                        await look.flush()
+                    except BaseException:  # cancelled, too
+                        count(
+                            seen, Outcome.EDITED, "interrupted before the broker had taken the letter out: it may be here as well"
+                        )
+                        raise
                     count(seen, Outcome.EDITED)
                 else:
                     count(seen, Outcome.FAILED, _why(receipt, seen.origin))
@@ -274,12 +279,11 @@ class DeadLetters:
         for start in range(0, len(missing), pace.batch):
             batch = missing[start : start + pace.batch]
             await pace.wait(len(batch))
-            receipts = await _published(self._broker, [returned_message(delivery) for _, delivery in batch])
-            for (letter, _), receipt in zip(batch, receipts, strict=True):
-                if receipt is Receipt.CONFIRMED:
-                    count(letter, Outcome.IMPORTED)
-                else:
-                    count(letter, Outcome.FAILED, _why(receipt, queue))
+            receipts = await _published(self._broker, [(letter, returned_message(delivery)) for letter, delivery in batch], count)
+            count.each(
+                (letter, Outcome.IMPORTED, "") if receipt is Receipt.CONFIRMED else (letter, Outcome.FAILED, _why(receipt, queue))
+                for (letter, _), receipt in zip(batch, receipts, strict=True)
+            )
             _stop_at_unknown(receipts)
         return Tally(queue, looked.ready, looked.looked_at, count.counts)
 
@@ -307,6 +311,17 @@ class _Count:
         if self._tell is not None:
             self._tell(letter, outcome, why)
 
+    def each(self, became: Iterable[tuple[Parked, Outcome, str]]) -> None:
+        """Of several with which it has happened already: where telling of one fails, it is told of the others all the same."""
+        failure: Exception | None = None
+        for letter, outcome, why in became:
+            try:
+                self(letter, outcome, why)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
     def reached(self, limit: int | None) -> bool:
         return limit is not None and self.chosen >= limit
 
@@ -329,31 +344,39 @@ class _Sending:
                         letter, Outcome.FAILED, "an earlier letter of its key was not confirmed, and it may not overtake that one"
                     )
             await self._pace.wait(len(batch))
-            try:
-                receipts = await _published(
-                    self._broker, [replayed_message(delivery, letter.origin) for letter, delivery in batch]
-                )
-            except UnavailableError as error:
-                for letter, _ in batch:
-                    count(letter, Outcome.FAILED, str(error))
-                raise
+            receipts = await _published(
+                self._broker, [(letter, replayed_message(delivery, letter.origin)) for letter, delivery in batch], count
+            )
+            became = []
             for (letter, delivery), receipt in zip(batch, receipts, strict=True):
                 if receipt is Receipt.CONFIRMED:
                     look.take(delivery)
-                    count(letter, Outcome.REPLAYED)
+                    became.append((letter, Outcome.REPLAYED, ""))
                 else:
-                    count(letter, Outcome.FAILED, _why(receipt, letter.origin))
+                    became.append((letter, Outcome.FAILED, _why(receipt, letter.origin)))
                     if letter.key is not None:
                         self._held_back.add(letter.key)
+            count.each(became)
             _stop_at_unknown(receipts)
 
 
-async def _published(broker: Broker, messages: Sequence[Outgoing]) -> Sequence[Receipt]:
+async def _published(broker: Broker, batch: Sequence[tuple[Parked, Outgoing]], count: _Count) -> Sequence[Receipt]:
+    """A receipt each. Interrupted, it tells of all as failed first: they may be in their queues all the same."""
     try:
         with anyio.fail_after(PUBLISH_S):
-            return await broker.publish(messages)
+            return await broker.publish([message for _, message in batch])
     except TimeoutError as error:
-        raise UnavailableError(f"the broker did not confirm within {PUBLISH_S:g} s; it may be blocked by an alarm") from error
+        why = f"the broker did not confirm within {PUBLISH_S:g} s; it may be blocked by an alarm"
+        count.each((letter, Outcome.FAILED, why) for letter, _ in batch)
+        raise UnavailableError(why) from error
+    except BaseException as error:  # cancelled, too
+        why = (
+            str(error)
+            if isinstance(error, UnavailableError)
+            else "interrupted before the confirm: it may be in its queue as well"
+        )
+        count.each((letter, Outcome.FAILED, why) for letter, _ in batch)
+        raise
 
 
 def _chosen(
@@ -372,11 +395,10 @@ async def _purge(look: Look, chosen: Sequence[tuple[Parked, Incoming]], count: _
     try:
         await look.flush()
     except BaseException:  # cancelled, too: the acknowledgements may be on their way
-        for letter, _ in chosen:
-            count(letter, Outcome.FAILED, "interrupted before the broker had taken the acknowledgement: it may be here again")
+        why = "interrupted before the broker had taken the acknowledgement: it may be here again"
+        count.each((letter, Outcome.FAILED, why) for letter, _ in chosen)
         raise
-    for letter, _ in chosen:
-        count(letter, Outcome.PURGED)
+    count.each((letter, Outcome.PURGED, "") for letter, _ in chosen)
 
 
 def _batches(chosen: Sequence[tuple[Parked, Incoming]], most: int) -> Iterator[Sequence[tuple[Parked, Incoming]]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import anyio
 import typer
@@ -116,16 +116,24 @@ def writer(file: Path | None) -> Iterator[Callable[[Sequence[Incoming]], None] |
         yield None
         return
     try:
-        stored: BinaryIO = file.open("xb")
+        stored = file.open("xb", buffering=0)
     except FileExistsError:
         raise UsageError(f"{file} is there already; name a new file", code="OB612") from None
     except OSError as error:
         raise UsageError(f"{file} can't be written: {error.strerror}", code="OB612") from None
 
     def keep(deliveries: Sequence[Incoming]) -> None:
-        stored.write(b"".join(map(write_record, deliveries)))
-        stored.flush()
-        os.fsync(stored.fileno())
+        whole_bytes = stored.tell()
+        left = memoryview(b"".join(map(write_record, deliveries)))
+        try:
+            while left:
+                left = left[stored.write(left) :]
+            os.fsync(stored.fileno())
+        except OSError as error:
+            stored.truncate(whole_bytes)  # a line that is cut short would make the file unreadable
+            raise UsageError(
+                f"{file} can't be written: {error.strerror}; what was stored there before this is whole", code="OB612"
+            ) from error
 
     with stored:
         yield keep

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,15 @@ from typer.testing import Result
 
 from orderbus import new_id
 from orderbus._core.leaving import HANDLER, RAW_PROPERTIES, REASON
-from orderbus._core.letter_record import edited_id
+from orderbus._core.letter_record import edited_id, read_record
 from orderbus._core.message import KEY
 from orderbus.abc import InboxEntry
 from orderbus.adapters.postgres import open_store
+from orderbus.cli.dlq_files import writer
+from orderbus.errors import UsageError
 from tests.cli.conftest import LIMIT_S, ROOT, Project
 from tests.cli.test_dlq import Letters, letters, lines
+from tests.core.test_letter_record import incoming
 
 __all__ = ["letters"]
 
@@ -316,3 +320,25 @@ class TestAudit:
         assert result.exit_code == 2
         assert "can't be written: Is a directory; nothing was changed" in result.stderr
         assert letters.depths() == (0, 1)
+
+
+class TestDiskFull:
+    def test_what_was_stored_before_stays_whole(self, tmp_path: Path) -> None:
+        """Of letters that were purged already, the file is all that there is."""
+        deliveries = [incoming(b"%d" % n * 200) for n in range(4)]
+        file = Path(tmp_path, "letters.jsonl")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with writer(file) as keep:
+            assert keep is not None
+            keep(deliveries[:2])
+            whole_bytes = file.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (whole_bytes + 100, before[1]))
+            try:
+                with pytest.raises(
+                    UsageError, match=r"letters\.jsonl can't be written: File too large; what was stored there before"
+                ):
+                    keep(deliveries[2:])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert file.stat().st_size == whole_bytes
+        assert [read_record(line).body for line in file.read_bytes().splitlines()] == [one.body for one in deliveries[:2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
+import anyio
 import pytest
 
 from orderbus import new_id
@@ -88,6 +89,54 @@ async def test_what_the_broker_had_not_taken_when_it_went_is_not_told_of_as_purg
 
     assert told == [(one, Outcome.FAILED) for one in parked]
     await holds(broker, dead_letter_queue(queue), 3)
+
+
+@pytest.mark.parametrize("flavour", MEMORY, indirect=True)
+@pytest.mark.parametrize("what", ["purge", "replay", "put_back"])
+async def test_where_telling_of_one_fails_the_others_are_told_of(broker: MemoryBroker, queue: str, what: str) -> None:
+    """The disk of the audit file is full, or nobody reads stdout any more: they are gone all the same."""
+    dlq = dead_letter_queue(queue)
+    parked = await park(broker, [letter(queue, headers={KEY: f"k{n}"}) for n in range(5)])
+    told: list[str | None] = []
+
+    def tell(one: Parked, outcome: Outcome, why: str) -> None:
+        told.append(one.event_id)
+        if len(told) == 2:
+            raise BrokenPipeError
+
+    there = [await drained(broker, dlq)] if what == "put_back" else []
+    with pytest.raises(BrokenPipeError):
+        await getattr(DeadLetters(broker), what)(dlq, *there, tell=tell)
+    assert told == parked
+    assert await broker.depth(dlq) == (5 if what == "put_back" else 0)
+
+
+@pytest.mark.parametrize("flavour", MEMORY, indirect=True)
+@pytest.mark.parametrize("what", ["edit", "replay", "put_back"])
+async def test_what_was_being_published_when_it_was_interrupted_is_told_of(broker: MemoryBroker, queue: str, what: str) -> None:
+    dlq = dead_letter_queue(queue)
+    parked = await park(broker, [letter(queue, headers={KEY: f"k{n}"}) for n in range(3)])
+    one = (await DeadLetters(broker).list(dlq, limit=1)).letters[0]
+    await holds(broker, dlq, 3)
+    copies = await drained(broker, dlq) if what == "put_back" else []
+    told: list[tuple[str | None, Outcome]] = []
+
+    def tell(one: Parked, outcome: Outcome, why: str) -> None:
+        assert why == "interrupted before the confirm: it may be in its queue as well"
+        told.append((one.event_id, outcome))
+
+    letters = DeadLetters(broker)
+    calls = {
+        "edit": lambda: letters.edit(one, b"new", event_id=new_id(), tell=tell),
+        "replay": lambda: letters.replay(dlq, tell=tell),
+        "put_back": lambda: letters.put_back(dlq, copies, tell=tell),
+    }
+    broker.block()  # no confirm comes
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(calls[what])
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert told == [(one, Outcome.FAILED) for one in (parked[:1] if what == "edit" else parked)]
 
 
 async def test_an_edited_letter_goes_to_its_queue_and_is_no_longer_here(broker: Broker, queue: str) -> None:
