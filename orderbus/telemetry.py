@@ -30,6 +30,8 @@ ENDPOINTS = (
 )
 METRICS_EXPORTER = "OTEL_METRICS_EXPORTER"
 PROTOCOL = "http/protobuf"
+SPANS_TOGETHER = 512
+"""The SDK's own default of OTEL_BSP_MAX_EXPORT_BATCH_SIZE."""
 GOODBYE_S = 3.0
 QUIET_S = 60.0
 
@@ -45,7 +47,7 @@ def exported(service: str) -> Iterator[None]:
     https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/. A collector that is away keeps
     nobody waiting: what finds no room in the buffers (2048 spans unless OTEL_BSP_MAX_QUEUE_SIZE says otherwise) is dropped, and the log
     says so once a minute. To be entered once in a process, before a bus is opened. Raises UsageError where the SDK is not
-    installed, for an endpoint or protocol that can't be right, and for a port that is taken.
+    installed, for an endpoint, protocol, limit or interval that can't be right, and for a port that is taken.
     """
     if not _is_wanted(os.environ):
         yield
@@ -68,15 +70,19 @@ def exported(service: str) -> Iterator[None]:
     with _quiet_exporters():
         tracers, meters = None, None
         if _has(os.environ, "TRACES"):
-            tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
-            tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            with _values_named("OTEL_BSP_", "OTEL_SPAN_", "OTEL_ATTRIBUTE_", "OTEL_EVENT_", "OTEL_LINK_"):
+                tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
+                tracers.add_span_processor(
+                    BatchSpanProcessor(OTLPSpanExporter(), max_export_batch_size=_spans_together(os.environ))
+                )
             trace.set_tracer_provider(tracers)
         reader: Any = None
         served = contextlib.ExitStack()
         if _is_served(os.environ):
             reader = served.enter_context(_prometheus(os.environ))
         elif _has(os.environ, "METRICS"):
-            reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+            with _values_named("OTEL_METRIC_EXPORT_"):
+                reader = PeriodicExportingMetricReader(OTLPMetricExporter())
         if reader is not None:
             meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
             metrics.set_meter_provider(meters)
@@ -85,6 +91,29 @@ def exported(service: str) -> Iterator[None]:
                 yield
         finally:
             _say_goodbye(tracers, meters)
+
+
+@contextlib.contextmanager
+def _values_named(*prefixes: str) -> Iterator[None]:
+    """The SDK complains of a value by the name of its own parameter."""
+    try:
+        yield
+    except ValueError as error:
+        values = ", ".join(f"{name}={value[:40]}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes))
+        why = " ".join(str(error).split())
+        raise UsageError(f"{values}: OpenTelemetry's SDK refuses: {why}", code="OB110") from error
+
+
+def _spans_together(environment: Mapping[str, str]) -> int | None:
+    """How many to export at once, where the queue is to hold fewer than the SDK's default and nothing else is asked for."""
+    queue = environment.get("OTEL_BSP_MAX_QUEUE_SIZE", "").strip()
+    if (
+        environment.get("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "").strip()
+        or not queue.isdecimal()
+        or not 0 < int(queue) < SPANS_TOGETHER
+    ):
+        return None
+    return int(queue)
 
 
 @contextlib.contextmanager

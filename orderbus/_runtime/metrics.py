@@ -8,6 +8,7 @@ other work, where its code has to be fetched anew. docs/telemetry.md lists every
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from orderbus._runtime.stats import Stats
 from orderbus._runtime.tracing import library_version, sends
+
+log = logging.getLogger("orderbus.telemetry")
 
 __all__ = ["Durations", "Metrics", "Observable", "meters"]
 
@@ -164,7 +167,10 @@ class Durations:
                 seconds, attributes = self._waiting.popleft()  # a reader on its own thread may take the last one before us
             except IndexError:
                 return
-            self._histogram.record(seconds, attributes, _NO_SPAN)
+            try:
+                self._histogram.record(seconds, attributes, _NO_SPAN)
+            except Exception:  # a view or filter of the user's: no message suffers for it
+                log.exception("a duration can't be recorded")
 
 
 class Metrics:

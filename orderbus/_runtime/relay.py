@@ -329,17 +329,17 @@ async def publish_rows(
     began = anyio.current_time()
     receipts: Sequence[Receipt] | None = None
     begun = tracing.sending(rows, messages) if tracing is not None else ()
+    failed: dict[str, str] = {}
     try:
         receipts = await broker.publish(messages)
+    except BaseException as error:
+        failed = {"error.type": type(error).__name__}
+        raise
     finally:
         if begun and tracing is not None:
             tracing.sent(begun, receipts)
         if tracing is not None and metrics is not None and metrics.records:
-            send = sends(tracing.system)
-            metrics.operation_duration.record(
-                anyio.current_time() - began,
-                send if receipts is not None else {**send, "error.type": "UnavailableError"},
-            )
+            metrics.operation_duration.record(anyio.current_time() - began, sends(tracing.system) | failed)
     return receipts
 
 

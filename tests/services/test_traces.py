@@ -219,6 +219,9 @@ def test_what_takes_no_telemetry_holds_no_order_up_and_is_told_of_once(
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:port", "must be http://host:port"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "only http/protobuf is spoken here"),
         ("OTEL_TRACES_EXPORTER", "zipkin", "must be otlp or none"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0", "must be positive"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "-1", "must be a non-negative integer"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "-5", "is invalid and needs to be larger than zero"),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_is_opened(variable: str, value: str, says: str) -> None:

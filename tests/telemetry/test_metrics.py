@@ -9,13 +9,13 @@ from uuid import UUID
 
 import pytest
 from opentelemetry import metrics as api
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import ExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 from opentelemetry.sdk.trace import TracerProvider
 
 from orderbus import Delivery, Event, Park, Retry, Tx, UnavailableError
 from orderbus._core.ids import uuid7
-from orderbus._runtime.metrics import meters
+from orderbus._runtime.metrics import TOLD_TOGETHER, meters
 from orderbus.adapters.postgres import open_store
 from tests.runtime.world import Log, Noted, Paid, Placed, World, until
 from tests.telemetry.page import Entry, differences, listed_metrics
@@ -236,3 +236,32 @@ def _kind(data: object) -> str:
     if isinstance(data, Sum):
         return "counter" if data.is_monotonic else "up-down counter"
     return type(data).__name__.lower()
+
+
+class Broken(ExemplarFilter):
+    def should_sample(self, *_: Any) -> bool:
+        raise RuntimeError("a filter of the user's")
+
+
+async def test_no_message_suffers_for_a_filter_that_raises(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider = MeterProvider([InMemoryMetricReader()], exemplar_filter=Broken())
+    monkeypatch.setattr(api, "get_meter_provider", lambda: provider)
+    bus, log = world.bus("shop"), Log()
+
+    @bus.on(Placed, fuse=1)
+    async def pay(event: Placed) -> Paid:
+        log(event.n)
+        return Paid(order=event.order)
+
+    @bus.on(Paid, fuse=1)
+    async def ship(event: Paid) -> None: ...
+
+    async with bus:
+        for n in range(2 * TOLD_TOGETHER):
+            await world.send(Placed(order="a", n=n))
+        await until(lambda: bus.stats.handled == 2 * bus.stats.relayed == 4 * TOLD_TOGETHER)
+
+    assert sorted(log.lines) == list(range(2 * TOLD_TOGETHER))
+    assert "a filter of the user's" in caplog.text
