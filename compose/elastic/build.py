@@ -154,15 +154,13 @@ def _metrics(line: Mapping[str, Any], ident: str) -> list[dict[str, Any]]:
     if what == "percentile":
         percentiles = [{"id": f"{ident}-p", "mode": "line", "shade": 0.2, "value": number, "percentile": ""}]
         return [{"id": ident, "type": "percentile", "field": line["field"], "percentiles": percentiles}]
-    if what == "count":
-        return [
-            {"id": ident, "type": "count"}
-            if "field" not in line
-            else {"id": ident, "type": "value_count", "field": line["field"]}
-        ]
-    kind = {"rate": "sum", "max": "max", "average": "avg", "sum": "sum"}[what]
-    found = [{"id": ident, "type": kind, "field": line["field"]}]
-    if what == "rate":  # the collector says what is new since the last scrape; the interval is in ms
+    kind = {"rate": "sum", "max": "max", "average": "avg", "sum": "sum", "count": "value_count" if "field" in line else "count"}[
+        what
+    ]
+    found: list[dict[str, Any]] = [{"id": ident, "type": kind}]
+    if "field" in line:
+        found[0]["field"] = line["field"]
+    if "rate" in (what, number):  # the collector says what is new since the last scrape; the interval is in ms
         variables = [{"id": f"{ident}-v", "name": "new", "field": ident}]
         found.append(
             {"id": f"{ident}-s", "type": "math", "variables": variables, "script": "params.new / params._interval * 1000"}

@@ -9,8 +9,15 @@ case $1 in
             -d "{\"password\": \"$KIBANA_PASSWORD\"}" http://elasticsearch:9200/_security/user/kibana_system/_password
         ;;
     kibana)
-        curl -fsS -u "elastic:$ELASTIC_PASSWORD" -H 'kbn-xsrf: true' -F "file=@$here/dashboards.ndjson" \
-            'http://kibana:5601/api/saved_objects/_import?overwrite=true'
+        answer=$(curl -sS --fail-with-body -u "elastic:$ELASTIC_PASSWORD" -H 'kbn-xsrf: true' -F "file=@$here/dashboards.ndjson" \
+            'http://kibana:5601/api/saved_objects/_import?overwrite=true') || { echo "dashboards: $answer" >&2; exit 1; }
+        case $answer in
+            *'"success":true'*) echo "dashboards: loaded" ;;
+            *)
+                echo "dashboards: refused: $answer" >&2 # with status 200
+                exit 1
+                ;;
+        esac
         for rule in "$here"/rules/*.json; do
             name=$(basename "$rule" .json)
             answer=$(curl -sS -w '\n%{http_code}' -u "elastic:$ELASTIC_PASSWORD" -H 'kbn-xsrf: true' -H 'content-type: application/json' \

@@ -108,6 +108,23 @@ def test_a_service_has_only_keys_that_compose_knows_and_names_what_there_is(name
     assert all((COMPOSE / source).exists() for source in sources if source.startswith("./"))
 
 
+def test_somebody_waits_for_whatever_ends_by_itself() -> None:
+    """For `up --wait` takes a container that has ended for one that failed, unless another was to start after it."""
+    ends = {name for name, service in SERVICES.items() if service.get("restart") == "no"} - {"load"}
+    awaited = {
+        other
+        for service in SERVICES.values()
+        for other, how in service.get("depends_on", {}).items()
+        if how["condition"] == "service_completed_successfully"
+    }
+    assert awaited == ends
+
+
+def test_logstash_may_run_as_root() -> None:
+    assert SERVICES["logstash"]["user"] == "root"
+    assert SERVICES["logstash"]["environment"]["ALLOW_SUPERUSER"] == "true"  # else it ends at once, since 9.0
+
+
 def test_env_example_has_every_variable_and_no_other() -> None:
     example = (COMPOSE / ".env.example").read_text()
     named = set(re.findall(r"^(?:# )?([A-Z_]+)=", example, re.MULTILINE))

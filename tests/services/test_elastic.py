@@ -213,10 +213,22 @@ def test_the_collector_scrapes_what_is_watched_of_the_broker() -> None:
 def test_what_a_rule_sums_or_counts_is_what_is_new() -> None:
     """A counter that counts from the beginning on can't be summed, and Elasticsearch takes no such histogram."""
     config = yaml.safe_load((FOLDER / "collector.yml").read_text())
-    assert config["service"]["pipelines"]["metrics"]["processors"].index("cumulativetodelta") == 1
+    assert config["service"]["pipelines"]["metrics"]["processors"] == [
+        "memory_limiter",
+        "cumulativetodelta",
+        "filter",
+        "transform",
+        "batch",
+    ]
+    assert config["processors"]["cumulativetodelta"] == {
+        "initial_value": "keep"
+    }  # else a first dead letter would be the beginning
     counted = {re.match(r"metrics\.(\w+)", of["query"]) for rule in RULES for of in rule["of"].values() if of["take"] == "count"}
     (statement,) = config["processors"]["transform"]["metric_statements"][0]["statements"]
-    assert {f'"{name[1]}"' for name in counted if name} == {statement.rpartition(" == ")[2]}
+    (left_out,) = config["processors"]["filter"]["metrics"]["datapoint"]
+    name = statement.rpartition(" == ")[2]
+    assert {f'"{name[1]}"' for name in counted if name} == {name}
+    assert left_out == f"metric.name == {name} and count == 0"  # a document of none would be counted as one
     jobs = {job["job_name"] for job in config["receivers"]["prometheus"]["config"]["scrape_configs"]}
     assert set(re.findall(r'service\.name: "(\w+)"', str(RULES))) <= jobs
 
@@ -226,29 +238,25 @@ class Kibana(BaseHTTPRequestHandler):
 
     statuses: dict[str, int]
     taken: list[tuple[str, bytes]]
+    imported = b'{"success":true,"successCount":8}'
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         self.taken.append((self.path, body))
         name = json.loads(body)["name"].split()[1].rstrip(":") if "/rule/" in self.path else ""
         assert self.headers["kbn-xsrf"]
+        answer = b"{}" if name else self.imported
         self.send_response(self.statuses.get(name, 200))
-        self.send_header("content-length", "2")
+        self.send_header("content-length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(answer)
 
     def log_message(self, *arguments: Any) -> None:
         pass
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-@pytest.mark.parametrize(
-    ("statuses", "code"), [({}, 0), ({"OrdersApiErrors": 409}, 0), ({"DeadLetters": 400}, 1)], ids=["new", "there", "refused"]
-)
-def test_the_setup_loads_dashboards_then_rules_and_leaves_those_that_are_there(
-    statuses: dict[str, int], code: int, tmp_path: Path
-) -> None:
-    handler = type("Handler", (Kibana,), {"statuses": statuses, "taken": []})
+def set_up(handler: type[Kibana], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """`setup.sh kibana`, against this Kibana."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -263,6 +271,30 @@ def test_the_setup_loads_dashboards_then_rules_and_leaves_those_that_are_there(
         )
         server.shutdown()
         thread.join()
+    return done
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_dashboards_that_kibana_does_not_take_end_the_setup(tmp_path: Path) -> None:
+    """It says so with status 200."""
+    refused = b'{"success":false,"errors":[{"error":{"type":"missing_references"}}]}'
+    handler = type("Handler", (Kibana,), {"statuses": {}, "taken": [], "imported": refused})
+    done = set_up(handler, tmp_path)
+    assert done.returncode == 1
+    assert "dashboards: refused" in done.stderr
+    assert "missing_references" in done.stderr
+    assert len(handler.taken) == 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize(
+    ("statuses", "code"), [({}, 0), ({"OrdersApiErrors": 409}, 0), ({"DeadLetters": 400}, 1)], ids=["new", "there", "refused"]
+)
+def test_the_setup_loads_dashboards_then_rules_and_leaves_those_that_are_there(
+    statuses: dict[str, int], code: int, tmp_path: Path
+) -> None:
+    handler = type("Handler", (Kibana,), {"statuses": statuses, "taken": []})
+    done = set_up(handler, tmp_path)
     assert done.returncode == code, done.stderr
     (first, imported), *others = handler.taken
     assert first == "/api/saved_objects/_import?overwrite=true"
