@@ -77,7 +77,7 @@ class Record:
         self.tried: Counter[tuple[str, UUID]] = Counter()
         """How often each handler was called for each event."""
         self.applied: set[tuple[str, UUID]] = set()
-        """Which handler's effect of which event was committed to the store in memory."""
+        """Which handler's effect of which event was committed to the store in memory, by its last try."""
         self._opened_at = anyio.current_time()
         self._known: set[str] = set()
         self._unheard_of: dict[str, Emission] = {}

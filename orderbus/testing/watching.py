@@ -53,6 +53,7 @@ class _Watching(Tracing):
         HANDLING.set(works[0].route.handler.consumer)
         for work in works:
             self._attempts[id(work)] = work.attempt
+            self._record.applied.discard((work.route.handler.consumer, work.id))
 
     def end(self, works: Sequence[Work], error: BaseException | None = None) -> None:
         super().end(works, error)

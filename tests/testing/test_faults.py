@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from orderbus import Bus, Retry, Tx, UnavailableError, UsageError
+from orderbus import Batch, Bus, Retry, Tx, UnavailableError, UsageError
 from orderbus.testing import FaultName, TestBus
 from tests.testing.shop import Authorized, Placed
 
@@ -70,6 +70,23 @@ async def test_a_fault_happens_as_often_as_it_is_asked_for() -> None:
 
         assert shop.calls == 4
         t.emitted(Authorized, times=1)
+
+
+async def test_a_duplicate_in_a_unit_whose_commit_failed_was_not_handled_again() -> None:
+    bus = Bus("batches")
+
+    @bus.on_batch(Placed)
+    async def count(batch: Batch[Placed]) -> None: ...
+
+    async with TestBus(bus) as t:
+        first = await t.publish(Placed(order_id=1))
+        await t.settled()
+        t.fault("deadlock at the commit")
+        await t.redeliver(first)
+        await t.publish(Placed(order_id=2))
+        await t.settled()
+
+        t.handled(count, times=2)
 
 
 async def test_a_fault_meets_the_tests_own_transaction_too() -> None:
