@@ -187,6 +187,16 @@ class _FewAlike(logging.Filter):
             return count < MOST_ALIKE
         self._places[place] = (now, 1)
         if count > MOST_ALIKE:
-            record.msg = f"{record.getMessage()} ({count - MOST_ALIKE} lines like this were left out)"
-            record.args = None
+            _say_too(record, f" ({count - MOST_ALIKE} lines like this were left out)")
         return True
+
+
+def _say_too(record: logging.LogRecord, more: str) -> None:
+    """Whatever is wrong with a record is its handler's to tell: a filter that raises would raise in the code that logs."""
+    if isinstance(record.msg, dict):  # of structlog
+        record.msg = {**record.msg, "event": f"{record.msg.get('event', '')}{more}"}
+        return
+    try:
+        record.msg, record.args = f"{record.getMessage()}{more}", None
+    except Exception:  # arguments that do not fit their text
+        return

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from opentelemetry.sdk.trace import TracerProvider
 
 from orderbus import UsageError
@@ -133,6 +134,28 @@ def test_a_storm_is_cut_and_the_next_line_says_how_much(
     storm(1)
 
     assert [line["message"] for line in lines(capsys)] == ["gone: 0 (70 lines like this were left out)"]
+
+
+def test_a_storm_of_lines_that_are_wrong_raises_in_nobodys_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("orderbus.logs.time.monotonic", lambda: now)
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    configure("shop", as_json=True)
+    for n in range(120):
+        now += 10 * (n == 119)
+        log.warning("gone: %d", "not a number")  # type: ignore[str-format]
+
+    storm = structlog.wrap_logger(
+        logging.getLogger("orderbus.storm"),
+        processors=[structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    for n in range(120):
+        now += 10 * (n == 119)
+        storm.warning("gone", n=n)
+    assert lines(capsys)[-1]["message"] == "gone (69 lines like this were left out)"
 
 
 def test_levels_go_by_logger(capsys: pytest.CaptureFixture[str]) -> None:
