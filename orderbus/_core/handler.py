@@ -207,6 +207,26 @@ def resolve(handler: Handler, tx_type: type, resources: Mapping[type, object]) -
     return plan
 
 
+def guard_kind(handler: Handler, plan: Plan, *, has_store: bool, has_claims: bool) -> Guard:
+    """What keeps its effects from happening twice. Raises UsageError where what it takes is not there."""
+    kind = handler.options.guard or ("inbox" if has_store else "claims")
+    if not has_store and (plan.needs_tx or kind == "inbox"):
+        raise UsageError(
+            f"{handler.place}: needs a database for its Tx, its events or its inbox; set ORDERBUS_DATABASE_URL", code="OB403"
+        )
+    if kind == "none" and plan.needs_tx:
+        raise UsageError(
+            f'{handler.place}: guard="none" gives no transaction; drop Tx and the returned events, or the guard', code="OB314"
+        )
+    if kind == "claims" and not has_claims:
+        raise UsageError(
+            f"{handler.place}: nothing guards it against being handled twice; set ORDERBUS_REDIS_URL or "
+            f'ORDERBUS_DATABASE_URL, or say guard="none"',
+            code="OB404",
+        )
+    return kind
+
+
 def events_of(function: Callable[..., Any]) -> tuple[type[Event], ...]:
     """The events of a batch handler whose decorator names none: those in `Batch[A | B]` of its first parameter.
 

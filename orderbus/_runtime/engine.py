@@ -15,7 +15,7 @@ from uuid import uuid4
 import anyio
 
 from orderbus._core.codec import Format
-from orderbus._core.handler import DEFAULT_TIMEOUT_S, Handler, Periodic, Plan, queue_needs
+from orderbus._core.handler import DEFAULT_TIMEOUT_S, Handler, Periodic, Plan, guard_kind, queue_needs
 from orderbus._core.message import Receipt
 from orderbus._core.settings import Settings
 from orderbus._core.signing import signing_keys
@@ -33,7 +33,7 @@ from orderbus._runtime.tracing import Tracing, outside
 from orderbus._runtime.tx import Encoding, Tx
 from orderbus._runtime.upkeep import Repetition, look_at_the_outbox, maintain
 from orderbus.abc import OutboxRow
-from orderbus.errors import UnavailableError, UsageError
+from orderbus.errors import UnavailableError
 
 log = logging.getLogger("orderbus")
 
@@ -195,27 +195,10 @@ class Engine:
         self.metrics.watch(self)
 
     def _guard(self, handler: Handler, caller: Caller, plan: Plan) -> Guard:
-        kind = handler.options.guard
-        if kind is None:
-            kind = "inbox" if self.servers.has_store else "claims"
-        if not self.servers.has_store and (plan.needs_tx or kind == "inbox"):
-            raise UsageError(
-                f"{handler.place}: needs a database for its Tx, its events or its inbox; set ORDERBUS_DATABASE_URL", code="OB403"
-            )
+        kind = guard_kind(handler, plan, has_store=self.servers.has_store, has_claims=self.servers.has_claims)
         if kind == "none":
-            if plan.needs_tx:
-                raise UsageError(
-                    f'{handler.place}: guard="none" gives no transaction; drop Tx and the returned events, or the guard',
-                    code="OB314",
-                )
             return NoGuard(caller)
         if kind == "claims":
-            if not self.servers.has_claims:
-                raise UsageError(
-                    f"{handler.place}: nothing guards it against being handled twice; set ORDERBUS_REDIS_URL or "
-                    f'ORDERBUS_DATABASE_URL, or say guard="none"',
-                    code="OB404",
-                )
             return ClaimsGuard(self.servers.claims, caller, keep_s=self._settings.dedupe_window_s)
         return InboxGuard(self.servers.store, caller, self.encoding, self.tracing, self._emitted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import anyio
 import typer
 from rich.text import Text
 
+from orderbus._core.handler import guard_kind
 from orderbus._core.settings import Settings, masked
 from orderbus._runtime.bus import Bus
 from orderbus._runtime.opening import adapter, open_store, scheme_of
@@ -40,13 +41,14 @@ def check(
     Exit code 0: fine, 1: findings, 4: nothing is wrong but a server is not available.
     """
     buses = load_buses(targets or [])
-    found = [*_handlers(buses)]
     settings: dict[str, Settings] = {}
+    mistakes: Sequence[str] = ()
     try:
         settings = {bus.group: settings_of(bus) for bus in buses} or {"": environment_settings()}
-        found.append(Found("settings", "ok", "as documented"))
     except SettingsError as error:
-        found += [Found("settings", "finding", mistake) for mistake in error.mistakes]
+        mistakes = error.mistakes
+    found = [*_handlers(buses, settings)]
+    found += [Found("settings", "finding", mistake) for mistake in mistakes] or [Found("settings", "ok", "as documented")]
     if settings:
         anyio.run(_servers, found, settings)
         anyio.run(_topologies, found, settings, buses)
@@ -62,15 +64,26 @@ def check(
         raise typer.Exit(ExitCode.UNAVAILABLE)
 
 
-def _handlers(buses: Sequence[Bus]) -> list[Found]:
+def _handlers(buses: Sequence[Bus], settings: Mapping[str, Settings]) -> list[Found]:
+    """Whether each has what its signature and its guard ask for, as far as settings say."""
     found = []
     for bus in buses:
         try:
-            count = len(bus.plans())
+            plans = bus.plans()
+            bus._periodic_plans()
+            if each := settings.get(bus.group):
+                is_memory = scheme_of(each.broker_url or "") == "memory"
+                for handler, plan in plans:
+                    guard_kind(
+                        handler,
+                        plan,
+                        has_store=is_memory or each.database_url is not None,
+                        has_claims=is_memory or each.redis_url is not None,
+                    )
         except UsageError as error:
             found.append(Found(f"handlers of {bus.group}", "finding", str(error)))
         else:
-            found.append(Found(f"handlers of {bus.group}", "ok", f"{count} registered"))
+            found.append(Found(f"handlers of {bus.group}", "ok", f"{len(plans)} registered"))
     return found
 
 

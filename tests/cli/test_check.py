@@ -90,6 +90,25 @@ def test_all_is_well_in_one_process(project: Project) -> None:
     assert {one["status"] for one in what.values()} == {"ok"}
 
 
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        (SHOP, "OB403"),
+        (SHOP.replace(", tx: Tx", ""), "OB404"),
+        (SHOP.replace("@bus.on(Placed)", '@bus.on(Placed, guard="none")'), "OB403"),
+        (SHOP.replace("@bus.on(Placed)", "@bus.every(60)").replace("order: Placed, tx: Tx", "till: 'Till'"), "OB305"),
+    ],
+    ids=["no-database", "no-guard", "no-transaction", "unknown-name"],
+)
+def test_what_a_start_would_refuse_is_a_finding(project: Project, source: str, code: str) -> None:
+    project.write(source.format(group="shop"))
+    project.environment["ORDERBUS_BROKER_URL"] = "amqp://someone:secret@127.0.0.1:1/"
+    ended, what = found(project, project.bus)
+    assert ended == 1
+    assert what["handlers"]["status"] == "finding"
+    assert code in what["handlers"]["text"]
+
+
 def test_each_wrong_setting_is_a_finding(project: Project) -> None:
     project.environment |= {"ORDERBUS_GRACE": "1", "ORDERBUS_BROKER_URL": "http://x"}
     result = project.run("check", "--json")
