@@ -74,12 +74,13 @@ def apply(
     _show(found, wanted, as_json=as_json)
     to_do = [change for change in found if change.action in ("create", "unknown") or (prune and change.action == "leftover")]
     done: list[tuple[Change, str]] = []
+    refused = False
     if to_do:
         if must_ask:
             ask(f"Change {wanted.shown}?")
         with audited("topology apply", audit) as note:
             try:
-                found, done = anyio.run(_apply, wanted, to_do)
+                found, done, refused = anyio.run(_apply, wanted, to_do)
             except BaseException:  # in the middle of it: a broker that went, or Ctrl-C
                 for change in to_do:
                     note("unknown", kind=change.kind, name=str(change))
@@ -94,7 +95,7 @@ def apply(
         )
     elif left:
         complain(f"left as it was: {', '.join(map(str, left))}")
-    if left:
+    if left or refused:
         raise typer.Exit(ExitCode.FINDINGS)
 
 
@@ -123,25 +124,36 @@ async def _look(wanted: Wanted) -> list[Change]:
     return found
 
 
-async def _apply(wanted: Wanted, to_do: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, str]]]:
-    """What is left then, and what became of each change: read from the broker again, not concluded from its answers."""
+async def _apply(wanted: Wanted, to_do: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, str]], bool]:
+    """What is left then, what became of each change, and whether the broker refused something.
+
+    It is read from the broker again, not concluded from its answers; but where bindings can't be read, and one was refused, it may be any.
+    """
     kept: dict[str, str] = {}
+    refused = False
     async with _opened(wanted) as drift:
         try:
             await drift.create(_to_make(wanted.topology, to_do))
         except TopologyError as error:
             complain(str(error))
+            refused = True
         for change in to_do:
             if change.action == "leftover":
                 await _remove(drift, change, kept)
         after = await drift.look(wanted.topology, wanted.groups)
     undone = {str(change) for change in after if change.action != "unknown"}
+    is_unseen = refused and any(change.action == "unknown" and change.kind == "binding" for change in after)
     done = []
     for change in to_do:
-        if change.action != "unknown":
-            outcome = "created" if change.action == "create" else "removed"
-            done.append((change, kept.get(str(change), "failed" if str(change) in undone else outcome)))
-    return after, done
+        if change.action == "unknown":
+            continue
+        outcome = "created" if change.action == "create" else "removed"
+        if str(change) in undone:
+            outcome = "failed"
+        elif change.action == "create" and change.kind == "binding" and is_unseen:
+            outcome = "unknown"
+        done.append((change, kept.get(str(change), outcome)))
+    return after, done, refused
 
 
 async def _remove(drift: Any, change: Change, kept: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 
+from orderbus import UnavailableError
 from orderbus.adapters.rabbitmq.drift import Drift
 from tests.cli.conftest import Project
 from tests.cli.test_dlq_changing import at_a_terminal
@@ -233,6 +234,47 @@ def test_a_queue_that_comes_into_use_while_it_is_removed_is_kept_with_its_bindin
     assert "queue shop.used is kept: messages ready: 1" in result.stderr
     assert managed.keys("shop.used") == {"orders.paid.*"}
     assert managed.bindings("shop.used") == 3  # and those of the default and of the return exchange
+
+
+@pytest.mark.servers
+def test_a_queue_that_could_not_be_removed_in_the_end_has_its_bindings(
+    project: Project, managed: Managed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(SHOP.format(group="shop") + FOLLOWED.format(event="Paid", name="used"), "in_use_before")
+    assert project.run("topology", "apply", "in_use_before:bus", "--yes").exit_code == 0
+    looks: list[str] = []
+
+    async def gone_at_the_second_look(drift: Drift, queue: str) -> None:
+        looks.append(queue)
+        if len(looks) > 1:
+            raise UnavailableError("the management API does not answer")
+
+    monkeypatch.setattr(Drift, "_check_idle", gone_at_the_second_look)
+    project.write(SHOP.format(group="shop"))
+    result = project.run("topology", "apply", project.bus, "--yes", "--prune")
+
+    assert result.exit_code == 4
+    assert managed.keys("shop.used") == {"orders.paid.*"}
+    assert managed.bindings("shop.used") == 3
+
+
+@pytest.mark.servers
+def test_a_binding_that_was_refused_is_not_said_to_be_made(project: Project, managed: Managed) -> None:
+    """Without the management API nobody sees whether it is there."""
+    managed.http.put("/users/deaf", json={"password": "secret", "tags": ""}).raise_for_status()
+    rights = {"configure": ".*", "write": ".*", "read": "^$"}
+    managed.http.put(f"/permissions/{managed.vhost}/deaf", json=rights).raise_for_status()
+    project.write(SHOP.format(group="shop"))
+    del project.environment["ORDERBUS_MANAGEMENT_URL"]
+    project.environment["ORDERBUS_BROKER_URL"] = managed.url.replace("guest:guest", "deaf:secret")
+    for n in range(2):
+        result = project.run("topology", "apply", project.bus, "--yes")
+        assert result.exit_code == 1
+        assert "ACCESS_REFUSED" in result.stderr
+        written = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+        of_bindings = {line["outcome"] for line in written if line["kind"] == "binding"}
+        assert "created" not in of_bindings
+        assert ("unknown" in of_bindings) == (n == 0)
 
 
 @pytest.mark.servers

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 from yarl import URL
 
 from orderbus._core.topology import Binding, Topology
@@ -16,7 +17,7 @@ from orderbus.adapters.rabbitmq.connection import Connection, connect_to_one
 from orderbus.adapters.rabbitmq.inventory import inventory_there, wanted_inventory
 from orderbus.adapters.rabbitmq.management import Management
 from orderbus.adapters.rabbitmq.topology import Call, apply_topology, exchange_call, queue_call
-from orderbus.errors import TopologyError, UsageError
+from orderbus.errors import TopologyError, UnavailableError, UsageError
 
 NO_BINDINGS = "can't be read over AMQP; give ORDERBUS_MANAGEMENT_URL"
 
@@ -107,9 +108,16 @@ class Drift:
             refused = await self._asking.ask(lambda channel: channel.queue_delete(queue))
             if refused is not None:
                 raise TopologyError(f"queue {queue}: the broker says {refused!r}")
-        except UsageError:
-            for binding, arguments in taken:
-                await self._bind(binding, arguments)
+        except BaseException:  # cancelled, or the management API does not answer any more
+            with anyio.CancelScope(shield=True):
+                for n, (binding, arguments) in enumerate(taken):
+                    try:
+                        await self._bind(binding, arguments)
+                    except UnavailableError as error:
+                        lost = ", ".join(f"{one.exchange} by {one.routing_key!r}" for one, _ in taken[n:])
+                        raise UnavailableError(
+                            f"queue {queue} is kept, and without its bindings to {lost}: open its bus once, which makes them again; {error}"
+                        ) from error
             raise
 
     async def _bind(self, binding: Binding, arguments: dict[str, Any]) -> None:
