@@ -6,7 +6,7 @@ import os
 import pwd
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ class Audit:
         self._verb = verb
         self._descriptor = descriptor
         self._user = _user()
+        self.failure: OSError | None = None
+        """Why a line is not in the file. What is being done goes on: the line is on stderr."""
 
     def __call__(self, outcome: str, **what: Any) -> None:
         line = msgspec.json.encode(
@@ -38,12 +40,15 @@ class Audit:
         )
         sys.stderr.write(line.decode() + "\n")
         if self._descriptor is not None:
-            os.write(self._descriptor, line + b"\n")  # one write at the end: two people's lines do not mix
+            try:
+                os.write(self._descriptor, line + b"\n")  # one write at the end: two people's lines do not mix
+            except OSError as error:
+                self.failure = self.failure or error
 
 
 @contextmanager
 def audited(verb: str, file: Path | None) -> Iterator[Audit]:
-    """Opens the file before anything is changed. Raises UsageError where it can't be written."""
+    """Opens the file before anything is changed. Raises UsageError where it can't be written, then or at the end."""
     if file is None:
         yield Audit(verb, None)
         return
@@ -51,11 +56,17 @@ def audited(verb: str, file: Path | None) -> Iterator[Audit]:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     except OSError as error:
         raise UsageError(f"the audit file {file} can't be written: {error.strerror}; nothing was changed", code="OB612") from None
+    audit = Audit(verb, descriptor)
     try:
-        yield Audit(verb, descriptor)
-        os.fsync(descriptor)
+        yield audit
     finally:
+        with suppress(OSError):  # a pipe, such as `>(logger)`, has nothing to sync
+            os.fsync(descriptor)
         os.close(descriptor)
+        if audit.failure is not None:
+            complain(f"the audit file {file} lacks lines: {audit.failure.strerror}; all of them are on stderr")
+    if audit.failure is not None:
+        raise UsageError(f"what was asked for was done, and the audit file {file} does not have all of it", code="OB612")
 
 
 def can_ask() -> bool:

@@ -61,7 +61,7 @@ def environment_settings() -> Settings:
 
 def settings_without_broker() -> Settings:
     """The environment's settings, for commands that never speak to a broker."""
-    return Settings.load({f"{PREFIX}BROKER_URL": "memory://", **os.environ})
+    return Settings.load({**os.environ, f"{PREFIX}BROKER_URL": os.environ.get(f"{PREFIX}BROKER_URL") or "memory://"})
 
 
 def _import(name: str) -> object:
@@ -76,6 +76,12 @@ def _import(name: str) -> object:
         raise UsageError(f"module {name} can't be imported: {_cause(error)}", code="OB603") from error
     except UsageError as error:
         raise UsageError(f"module {name} can't be imported: {error.text}{_line_in_program(error)}", code=error.code) from error
+    except SystemExit as error:
+        raise UsageError(
+            f"module {name} can't be imported: it ends the process (sys.exit({error.code!r})); what runs only as a program belongs "
+            'below `if __name__ == "__main__":`',
+            code="OB603",
+        ) from None
     except Exception as error:  # whatever the user's module raises is told with its place
         raise UsageError(f"module {name} can't be imported: {_cause(error)}", code="OB603") from error
 

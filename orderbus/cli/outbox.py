@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 
 T = TypeVar("T")
+Became = tuple[HeldRow, str, str]
+"""A row, what became of it, and why."""
 
 AT_A_TIME = 1_000
 
@@ -38,11 +40,13 @@ class RowFilter:
     """Which rows; each option but the age may be given more than once."""
 
     topic: Annotated[list[str] | None, typer.Option("--topic", help="Only of this topic; `*` and `?` match anything.")] = None
-    key: Annotated[list[str] | None, typer.Option("--key", help="Only of this key.")] = None
+    key: Annotated[list[str] | None, typer.Option("--key", help="Only of this key; `*` and `?` match anything.")] = None
     event_id: Annotated[list[Any] | None, typer.Option("--id", parser=parse_event_id, metavar="ID", help="Only this event.")] = (
         None
     )
-    reason: Annotated[list[str] | None, typer.Option("--reason", help="Only stuck ones with this reason.")] = None
+    reason: Annotated[
+        list[str] | None, typer.Option("--reason", help="Only stuck ones with this reason; `*` and `?` match anything.")
+    ] = None
     older_than: Annotated[
         float | None, typer.Option("--older-than", parser=parse_age, metavar="AGE", help="Only emitted longer ago: 15m, 2h, 3d.")
     ] = None
@@ -113,7 +117,7 @@ def retry(choice: RowFilter, acting: Acting, everything: All = False, limit: Mos
     choice.check_chosen(everything)
     must_ask = not choice.is_one and require_consent("outbox retry", yes=acting.yes, dry_run=acting.dry_run)
     rows = _at_desk(lambda desk: desk.rows(choice.wanted("stuck"), limit))
-    _check_found(rows)
+    missing = _missing(choice, rows, limit)
     first = [row for row in rows if row.waits_for is None]
     with audited("outbox retry", acting.audit) as audit:
         if must_ask:
@@ -121,20 +125,22 @@ def retry(choice: RowFilter, acting: Acting, everything: All = False, limit: Mos
         tried = frozenset[int]()
         if not acting.dry_run:
             tried = _at_desk(lambda desk: desk.retry([row.row_id for row in first]))
-        heads = {row.event_id for row in first if acting.dry_run or row.row_id in tried}
-        is_complete = True
+        became = []
         for row in rows:
             if row.waits_for is not None:
-                is_complete &= row.waits_for in heads
-                _tell(row, "behind", f"it follows event {row.waits_for}", as_json, audit if not acting.dry_run else None)
+                became.append((row, "behind", f"it follows event {row.waits_for}"))
             elif acting.dry_run:
-                _tell(row, "would-retry", "", as_json, None)
+                became.append((row, "would-retry", ""))
             elif row.row_id in tried:
-                _tell(row, "retried", "", as_json, audit)
+                became.append((row, "retried", ""))
             else:
-                _tell(row, "gone", "it went out meanwhile, or was discarded", as_json, audit)
-    if not is_complete:
+                became.append((row, "gone", "it went out meanwhile, or was discarded"))
+        _tell(became, as_json, audit if not acting.dry_run else None)
+    heads = {row.event_id for row in first}
+    left_behind = any(row.waits_for not in heads for row in rows if row.waits_for is not None)
+    if left_behind:
         complain("some wait for an earlier event of their key that was not chosen: retry that one")
+    if left_behind or missing:
         raise typer.Exit(ExitCode.FINDINGS)
 
 
@@ -158,7 +164,7 @@ def discard(
     choice.check_chosen(everything)
     must_ask = require_consent("outbox discard", yes=acting.yes, dry_run=acting.dry_run)
     chosen, behind = _at_desk(lambda desk: _with_followers(desk, choice.wanted(*(state or ())), limit))
-    _check_found(chosen)
+    missing = _missing(choice, chosen, limit)
     rows = [*chosen, *behind] if followers else chosen
     doomed = [row for row in rows if row.state != "waiting"]
     if behind and not followers:
@@ -166,13 +172,12 @@ def discard(
     with audited("outbox discard", acting.audit) as audit:
         if must_ask:
             ask(f"discard {len(doomed)} events for good?")
-        for row in rows:
-            if row.state == "waiting":
-                why = "it is on its way: only what is stuck or scheduled can be discarded"
-                _tell(row, "refused", why, as_json, audit if not acting.dry_run else None)
-            elif acting.dry_run:
-                _tell(row, "would-discard", "", as_json, None)
-        is_complete = len(doomed) == len(rows)
+        why = "it is on its way: only what is stuck or scheduled can be discarded"
+        refused = [(row, "refused", why) for row in rows if row.state == "waiting"]
+        _tell(refused, as_json, audit if not acting.dry_run else None)
+        if acting.dry_run:
+            _tell([(row, "would-discard", "") for row in doomed], as_json, None)
+        is_complete = not refused and not missing
         if not acting.dry_run:
             is_complete &= _at_desk(lambda desk: _discard(desk, doomed, partial(_tell, as_json=as_json, audit=audit)))
     if not is_complete:
@@ -185,7 +190,7 @@ async def _with_followers(desk: OutboxDesk, wanted: RowsWanted, limit: int | Non
     return chosen, list(await desk.rows(RowsWanted(behind=stuck))) if stuck else []
 
 
-async def _discard(desk: OutboxDesk, rows: Sequence[HeldRow], tell: Callable[[HeldRow, str, str], None]) -> bool:
+async def _discard(desk: OutboxDesk, rows: Sequence[HeldRow], tell: Callable[[Sequence[Became]], None]) -> bool:
     """Whether all of them were still there. Some at a time, for the relay waits meanwhile; of each key the last first, or those
     left would go out in between.
     """
@@ -194,11 +199,7 @@ async def _discard(desk: OutboxDesk, rows: Sequence[HeldRow], tell: Callable[[He
     for start in range(0, len(last_first), AT_A_TIME):
         some = last_first[start : start + AT_A_TIME]
         gone = await desk.discard(some)
-        for row in some:
-            if row.event_id in gone:
-                tell(row, "discarded", "")
-            else:
-                tell(row, "gone", "it went out meanwhile")
+        tell([(row, "discarded", "") if row.event_id in gone else (row, "gone", "it went out meanwhile") for row in some])
         is_complete &= len(gone) == len(some)
     return is_complete
 
@@ -222,17 +223,28 @@ def _at_desk(work: Callable[[OutboxDesk], Awaitable[T]]) -> T:
     return anyio.run(run)
 
 
-def _check_found(rows: Sequence[HeldRow]) -> None:
+def _missing(choice: RowFilter, rows: Sequence[HeldRow], limit: int | None) -> bool:
+    """Whether one that was asked for by its id is not there; it is named. Where none is there at all, that is the end."""
     if not rows:
         complain("nothing that was asked for is in the outbox; nothing was changed")
         raise typer.Exit(ExitCode.FINDINGS)
+    if limit is not None and len(rows) >= limit:
+        return False
+    found = {row.event_id for row in rows}
+    lacking = [event_id for event_id in choice.event_id or () if event_id not in found]
+    for event_id in lacking:
+        complain(f"event {event_id} is not there: it went out, is in another state, or is not of this outbox")
+    return bool(lacking)
 
 
-def _tell(row: HeldRow, outcome: str, why: str, as_json: bool, audit: Audit | None) -> None:
+def _tell(became: Sequence[Became], as_json: bool, audit: Audit | None) -> None:
+    """All are written down before the first is printed: nobody may be reading any more, and it is done all the same."""
     if audit is not None:
-        audit(outcome, state=row.state, topic=row.topic, id=str(row.event_id), why=why or None)
-    if as_json:
-        print_json({"event": outcome, "id": row.event_id, "topic": row.topic, "state": row.state, "why": why or None})
-    else:
-        said = f"{outcome}: {row.event_id} {row.topic}{f': {why}' if why else ''}"
-        console().print(plain(said), soft_wrap=True)
+        for row, outcome, why in became:
+            audit(outcome, state=row.state, topic=row.topic, id=str(row.event_id), why=why or None)
+    for row, outcome, why in became:
+        if as_json:
+            print_json({"event": outcome, "id": row.event_id, "topic": row.topic, "state": row.state, "why": why or None})
+        else:
+            said = f"{outcome}: {row.event_id} {row.topic}{f': {why}' if why else ''}"
+            console().print(plain(said), soft_wrap=True)

@@ -69,8 +69,7 @@ def publish(
     rows = _rows(bus, event, settings, body)
     with audited("publish", audit) as note:
         if dry_run:
-            for row in rows:
-                _tell(row, "would-publish", note=None, as_json=as_json)
+            _tell([(row, "would-publish") for row in rows], note=None, as_json=as_json)
             return
         url = settings.broker_url or ""
         if scheme_of(url) == "memory":
@@ -86,7 +85,7 @@ def publish(
         raise typer.Exit(ExitCode.FINDINGS)
 
 
-async def _publish(url: str, rows: Sequence[OutboxRow], tell: Callable[[OutboxRow, str], None]) -> list[Receipt]:
+async def _publish(url: str, rows: Sequence[OutboxRow], tell: Callable[[Sequence[tuple[OutboxRow, str]]], None]) -> list[Receipt]:
     """Receipts of what was sent: it ends after the first part that was not taken, so that later events don't overtake."""
     receipts: list[Receipt] = []
     async with open_broker(url, name="orderbus publish") as broker:
@@ -97,11 +96,14 @@ async def _publish(url: str, rows: Sequence[OutboxRow], tell: Callable[[OutboxRo
             except UnavailableError:  # none of these was sent
                 raise
             except BaseException:  # Ctrl-C
-                for row in some:
-                    tell(row, Receipt.UNKNOWN.value)
+                tell([(row, Receipt.UNKNOWN.value) for row in some])
                 raise
-            for row, receipt in zip(some, answers, strict=True):
-                tell(row, "published" if receipt is Receipt.CONFIRMED else receipt.value)
+            tell(
+                [
+                    (row, "published" if receipt is Receipt.CONFIRMED else receipt.value)
+                    for row, receipt in zip(some, answers, strict=True)
+                ]
+            )
             receipts += answers
             if not _TAKEN.issuperset(answers):
                 break
@@ -165,10 +167,13 @@ def _check_fields(event: Event, text: bytes) -> None:
         raise UsageError(f"{kind.__name__} has no field {name!r}; {hint}", code="OB615")
 
 
-def _tell(row: OutboxRow, outcome: str, *, note: Audit | None, as_json: bool) -> None:
+def _tell(became: Sequence[tuple[OutboxRow, str]], *, note: Audit | None, as_json: bool) -> None:
+    """All are written down before the first is printed: nobody may be reading any more, and they are sent all the same."""
     if note is not None:
-        note(outcome, topic=row.topic, id=str(row.event_id), key=row.key)
-    if as_json:
-        print_json({"event": outcome, "id": row.event_id, "topic": row.topic, "key": row.key})
-    else:
-        console().print(f"{outcome}: {row.event_id} {row.topic}", soft_wrap=True)
+        for row, outcome in became:
+            note(outcome, topic=row.topic, id=str(row.event_id), key=row.key)
+    for row, outcome in became:
+        if as_json:
+            print_json({"event": outcome, "id": row.event_id, "topic": row.topic, "key": row.key})
+        else:
+            console().print(f"{outcome}: {row.event_id} {row.topic}", soft_wrap=True)

@@ -87,9 +87,7 @@ def run(
             quiet = log_json or not is_first
             anyio.run(_run, buses, quiet, worker is not None, backend=backend, backend_options=options)
         finally:
-            for bus in buses:
-                if bus.receipt is not None:
-                    print_json(_as_line(bus.group, bus.receipt))
+            _print_receipts(buses)
     if not all(bus.receipt is None or bus.receipt.clean for bus in buses):
         raise typer.Exit(ExitCode.UNCLEAN)
 
@@ -139,6 +137,17 @@ async def _end_with_parent() -> None:
 def _warn(buses: Sequence[Bus]) -> None:
     for warning in dict.fromkeys(warning for bus in buses for warning in risks(bus, settings_of(bus))):
         logging.getLogger("orderbus.risks").warning("%s", warning)
+
+
+def _print_receipts(buses: Sequence[Bus]) -> None:
+    """Where nobody reads stdout any more, the exit code still says how the drains went."""
+    try:
+        for bus in buses:
+            if bus.receipt is not None:
+                print_json(_as_line(bus.group, bus.receipt))
+    except OSError as error:
+        log.warning("the receipts can't be printed: %s", error)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the old one's buffer would fail once more at the exit
 
 
 def _as_line(group: str, receipt: DrainReceipt) -> dict[str, Any]:

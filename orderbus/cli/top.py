@@ -106,7 +106,9 @@ class Looking:
                 code="OB608",
             )
         self._broker_url = first.broker_url
-        self._database_url = first.database_url
+        is_memory = first.database_url is not None and scheme_of(first.database_url) == "memory"
+        self._database_url = None if is_memory else first.database_url
+        """None where there is none, or only inside the process that runs the bus."""
         self._handlers = handlers
         self._open = AsyncExitStack()
         self._broker: Broker | None = None

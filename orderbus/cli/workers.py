@@ -21,6 +21,8 @@ log = logging.getLogger("orderbus")
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Between the end of a worker and the next one in its place; twice as long after each life that was short."""
 SHORT_S = 10.0
+START_S = 180.0
+"""A first life that ends with UNAVAILABLE before that never began: each host of a server that does not answer is given 10 s."""
 
 
 class Workers:
@@ -61,7 +63,8 @@ class Workers:
             began = anyio.current_time()
             changed = self._changed
             code = await self._one(number)
-            is_short = anyio.current_time() - began < SHORT_S
+            lived_s = anyio.current_time() - began
+            is_short = lived_s < SHORT_S
             if self._stopping.is_set():
                 self._codes.append(code)
             elif number in self._replaced:
@@ -69,7 +72,7 @@ class Workers:
             elif self._reload:
                 log.error("worker %d ended with %s; it begins again when a file changes", number, _said(code))
                 await self._wait_for(changed)
-            elif is_first and is_short and code > 0:
+            elif is_first and code > 0 and (is_short or (code == ExitCode.UNAVAILABLE and lived_s < START_S)):
                 log.error("worker %d could not start (%s): stopping all", number, _said(code))
                 self._failed = code
                 self._stop()

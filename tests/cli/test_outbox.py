@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +20,7 @@ from orderbus import Bus, Event, Settings, new_id
 from orderbus._core.outbox_rows import HeldRow, RowsWanted
 from orderbus.abc import OutboxRow, Stuck
 from orderbus.adapters.postgres import PostgresDesk, PostgresStore, open_store
-from tests.cli.conftest import LIMIT_S, Project
+from tests.cli.conftest import LIMIT_S, ROOT, Project
 
 pytestmark = pytest.mark.servers
 
@@ -160,8 +164,54 @@ class TestRetry:
         assert [one["event"] for one in lines(project, "retry", "--all", "--dry-run")] == ["would-retry", "behind", "behind"]
         assert outbox.due() == []
 
+    def test_of_several_one_that_is_not_there_is_named(self, project: Project, outbox: Outbox) -> None:
+        missing = str(new_id())
+        result = project.run("outbox", "retry", "--id", str(outbox.stuck[0]), "--id", missing, "--yes")
+        assert result.exit_code == 1
+        assert f"event {missing} is not there" in result.stderr
+        assert outbox.due() == outbox.stuck
+
 
 class TestDiscard:
+    def test_of_several_one_that_is_not_there_is_named(self, project: Project, outbox: Outbox) -> None:
+        missing = str(new_id())
+        result = project.run("outbox", "discard", "--id", str(outbox.stuck[0]), "--id", missing, "--yes")
+        assert result.exit_code == 1
+        assert f"event {missing} is not there" in result.stderr
+        assert audits(result) == [("outbox discard", "discarded", str(outbox.stuck[0]))]
+
+    def test_all_that_is_discarded_is_in_the_audit_though_nobody_reads(
+        self, project: Project, outbox: Outbox, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "audit"
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "orderbus",
+                *["outbox", "discard", "--all", "--state", "stuck", "--yes", "--json", "--audit"],
+                str(file),
+            ],
+            cwd=project.folder,
+            env={**os.environ, **project.environment, "PYTHONPATH": str(ROOT)},
+            stdout=write,
+            stderr=subprocess.PIPE,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        os.close(write)
+        assert done.returncode == 1
+        assert {json.loads(line)["id"] for line in file.read_text().splitlines()} == set(map(str, outbox.stuck))
+
+    @pytest.mark.parametrize("name", ["null", "full"])
+    def test_a_device_as_the_audit_file(self, project: Project, outbox: Outbox, name: str) -> None:
+        result = project.run("outbox", "discard", "--all", "--state", "stuck", "--yes", "--audit", f"/dev/{name}")
+        assert len(audits(result)) == 3
+        assert result.exit_code == (2 if name == "full" else 0)
+        assert ("lacks lines: No space left on device; all of them are on stderr" in result.stderr) == (name == "full")
+
     def test_the_next_of_its_key_goes_on(self, project: Project, outbox: Outbox) -> None:
         result = project.run("outbox", "discard", "--id", str(outbox.stuck[0]), "--yes")
         assert result.exit_code == 0, result.output

@@ -222,6 +222,7 @@ def test_all_wrong_settings_are_told_at_once(project: Project) -> None:
         ("policy:bus", "attempts must be a whole number from 1 to 1000, not 0 ({folder}/policy.py:2) [OB315: https://"),
         ("{module}.below:bus", "there is no module '{module}.below'"),
         ("broken:bus", "module broken can't be imported: ZeroDivisionError: division by zero (" + "{folder}/broken.py:3)"),
+        ("ending:bus", "module ending can't be imported: it ends the process (sys.exit(0))"),
         ("unparsed:bus", "module unparsed can't be imported: SyntaxError"),
         ("lacking:bus", "module lacking can't be imported: ModuleNotFoundError: No module named 'not_installed'"),
         ("wrong:bus", "must be an async function"),
@@ -230,6 +231,7 @@ def test_all_wrong_settings_are_told_at_once(project: Project) -> None:
 def test_a_bus_that_can_not_be_had(project: Project, target: str, message: str) -> None:
     project.write(SHOP)
     project.write("bus = None\ndef f():\n    return 1 / 0\nf()", "broken")
+    project.write("import sys\nsys.exit(0)", "ending")
     project.write("bus = (", "unparsed")
     project.write("import not_installed", "lacking")
     project.write("from orderbus import Retry\nRetry.fixed(1, attempts=0)", "policy")

@@ -198,6 +198,15 @@ def test_a_memory_broker_can_not_be_looked_at_from_outside(project: Project) -> 
     assert "memory://: its messages live inside the process" in errors
 
 
+@pytest.mark.servers
+def test_a_memory_database_is_left_out(project: Project, vhost_url: str) -> None:
+    Shop(project)
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+    code, output, errors = project.finish("top", project.bus, "--once", "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(output)["outbox_waiting"] is None
+
+
 def test_a_bus_without_handlers_has_nothing_to_show(project: Project) -> None:
     project.write('from orderbus import Bus\nbus = Bus("empty")')
     code, _, errors = project.finish("top", project.bus)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -109,6 +110,18 @@ def test_a_worker_that_can_not_start_stops_all_with_its_exit_code(project: Proje
     assert "can't connect to RabbitMQ at" in errors
     assert "secret" not in errors
     assert "Traceback" not in errors
+
+
+def test_a_server_that_does_not_answer_ends_it_as_one_that_refuses_does(project: Project) -> None:
+    """Though the worker has waited for ten seconds, and so lived longer than one that has failed at once."""
+    project.write(SHOP.format(word="open"))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        project.environment["ORDERBUS_BROKER_URL"] = f"amqp://guest:guest@127.0.0.1:{silent.getsockname()[1]}/"
+        code, _, errors = project.finish("run", project.bus, "--workers", "2")
+    assert code == 4
+    assert "could not start (exit code 4): stopping all" in errors
 
 
 def test_a_program_that_fails_at_its_start_ends_it() -> None:
