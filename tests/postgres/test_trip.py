@@ -9,8 +9,8 @@ import psycopg
 import pytest
 from psycopg.pq import PipelineStatus, TransactionStatus
 
-from orderbus import TransientError
-from orderbus.abc import Deferred
+from orderbus import TransientError, new_id
+from orderbus.abc import Deferred, InboxEntry
 from orderbus.adapters.postgres import PostgresStore
 from orderbus.adapters.postgres.arrays import int8, int8_array, text_array
 from orderbus.adapters.postgres.trip import MOST_PREPARED, Call, Connection, rows_of, trip
@@ -94,6 +94,22 @@ async def test_a_handler_that_rolls_a_savepoint_back_commits_all_the_same(store:
         await write(number + 1, rolls_back=False)
 
     assert query("select id from notes order by id") == [(number,) for number in range(1, 8)]
+
+
+async def test_a_handler_that_has_used_the_connection_leaves_no_statement_behind(store: PostgresStore) -> None:
+    pids, kept = set(), set()
+    for _ in range(30):
+        transaction = await store.begin([InboxEntry(new_id(), "shop.handler", 1)])
+        cursor = await transaction.connection.execute(
+            "select pg_backend_pid(), count(*) from pg_prepared_statements where name like 'ob%'"
+        )
+        pid, count = await cursor.fetchone() or (0, 0)
+        pids.add(pid)
+        kept.add(count)
+        await transaction.commit([], [])
+
+    assert len(pids) == 1
+    assert len(kept) == 1
 
 
 async def test_statements_that_somebody_dropped_are_made_anew_with_the_next_try(connection: Connection) -> None:

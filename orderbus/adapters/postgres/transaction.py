@@ -92,7 +92,9 @@ class PostgresTransaction:
                     await _insert(connection, deferred, emitted)
                     for sql, params, keeps_plan in last:
                         await connection.execute(sql, params, prepare=keeps_plan)
-                if self._may_lack_statements:
+                    ours = next(iter(connection.prepared.values()), None) if self._may_lack_statements else None
+                    there = None if ours is None else await connection.execute(_IS_PREPARED, (ours.decode(),))
+                if there is not None and await there.fetchone() is None:
                     connection.prepared.clear()
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -168,6 +170,9 @@ from me, unnest(%b, %b, %b, %b, %b, %b, %b, %b)
 where me.xid is not null
 order by position"""
 # The xid comes before the ids: the relay's floor rests on it (orderbus/_core/outbox.py). nextval runs after the sort.
+
+_IS_PREPARED = "select from pg_prepared_statements where name = %s"
+"""All of ours are there, or none. To forget them while they are there would leave them to the connection for ever."""
 
 _INSERT_SCHEDULED = """\
 insert into orderbus.scheduled (event_id, bucket, topic, key, body, content_type, headers, unrouted, due_at)
