@@ -17,7 +17,8 @@ __all__ = ["Floor", "Keyed", "fair_share", "first_per_key", "idle_wait_s", "plan
 class Floor:
     """The id at and below which no row of one relay's buckets remains or can still appear. Reads start above it.
 
-    A state machine; `value` never falls. A relay that gains buckets starts with a new one, since it knows nothing of theirs.
+    A state machine; on one history of the database `value` never falls. A relay that gains buckets starts with a new one, since it
+    knows nothing of theirs.
 
         state         event                            next state
         ------------  -------------------------------  ---------------------------------------------------
@@ -27,6 +28,7 @@ class Floor:
         waiting V, X  read with xmin ≤ X               waiting V, X
         waiting V, X  read with xmin > X (last id V')  seen V'; value = min(V, the lowest id that read found − 1)
         waiting V, X  deleted                          waiting V, X
+        any           read (last id less than V)       seen that; value = 0
     """
 
     __slots__ = ("_seen", "_waiting", "value")
@@ -38,6 +40,9 @@ class Floor:
 
     def read(self, *, xmin: int, last_id: int, lowest_id: int | None) -> None:
         """A read above `value` has returned: its xmin, the last id handed out, and the lowest id it found (None: no row)."""
+        if last_id < self._seen:  # another history: of a promoted replica that did not have all of this one, or of a backup
+            self.value, self._seen, self._waiting = 0, last_id, None
+            return
         self._seen = max(self._seen, last_id)
         if self._waiting is None:
             return

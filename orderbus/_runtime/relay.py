@@ -107,6 +107,7 @@ class Relay:
                 failures = 0
             except UnavailableError as error:
                 failures += 1
+                self._floor = Floor()  # what comes back may be another server, which hands out lower ids
                 log.warning("the outbox waits: %s", error)
                 await self._pause(backoff_s(failures, jitter=self._rng.random()))
                 continue

@@ -312,6 +312,17 @@ def test_a_delete_that_ends_while_another_is_waited_for_changes_nothing() -> Non
     assert floor.value == 7
 
 
+def test_a_floor_of_another_history_begins_anew() -> None:
+    """Such as that of a replica that was promoted before it had all: it hands out ids once more."""
+    floor = Floor()
+    floor.read(xmin=10, last_id=700, lowest_id=3)
+    floor.deleted(floor.mark(), xid=12)
+    floor.read(xmin=13, last_id=700, lowest_id=None)
+    assert floor.value == 700
+    floor.read(xmin=11, last_id=650, lowest_id=None)
+    assert (floor.value, floor.mark()) == (0, 650)
+
+
 rows = st.lists(st.builds(Row, st.integers(1, 10**9), st.sampled_from([None, *KEYS])), max_size=30)
 
 

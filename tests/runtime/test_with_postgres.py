@@ -454,3 +454,28 @@ async def test_on_trio_a_broker_behind_the_portal_is_consumed_lost_and_found_aga
     assert sorted(log.lines) == list(range(51))
     assert effects.effects == list(range(51))
     assert receipt_of(bus).clean
+
+
+async def test_a_server_that_hands_out_lower_ids_than_the_one_before_is_relayed_from_the_beginning(
+    world: World, effects: Effects
+) -> None:
+    """A replica that was promoted before it had all that the old one had."""
+    bus, log = bus_on(world, effects), Log()
+
+    @bus.on(Paid)
+    async def paid(event: Paid) -> None:
+        log(event.n)
+
+    async def pay(n: int) -> None:
+        async with bus.transaction() as tx:
+            tx.emit(Paid(order="a", n=n))
+
+    async with bus:
+        for n in range(50):
+            await pay(n)
+        await log.reached(50)
+        last = effects.all("select last_value from orderbus.outbox_id_seq")[0]
+        await until(lambda: bus._engine._relay._floor.value == last)
+        effects.db.execute("select setval('orderbus.outbox_id_seq', %s)", (last - 40,))
+        await pay(50)
+        await log.reached(51)
