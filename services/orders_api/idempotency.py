@@ -175,4 +175,4 @@ def _other_body() -> Problem:
 _FORGET = """\
 delete from idempotency_key where ctid = any (array (
     select ctid from idempotency_key where created_at < now() - make_interval(secs => %s)
-    limit %s for update skip locked))"""
+    order by created_at limit %s for update skip locked))"""

@@ -1,6 +1,6 @@
 """The demo's database made ready: the tables of orderbus, those of the services, and goods on the shelves.
 
-`python -m services.shared.database` does it for ORDERBUS_DATABASE_URL; doing it again changes nothing.
+`python -m services.shared.database` does it for ORDERBUS_DATABASE_URL; doing it again changes nothing but what is out of date.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def sku(number: int) -> str:
 
 
 async def prepare(database_url: str, stock: Stock | None = None) -> None:
-    """Create what is missing, in a `postgresql://…` or an `embedded` database. Stock that is there already stays as it is.
+    """Create what is missing and change what is out of date, in a `postgresql://…` or an `embedded` database.
 
+    Stock that is there already stays as it is.
     Two that do it at the same time take turns. Raises UnavailableError (or psycopg's error) when the server is away.
     """
     stock = stock or from_environment(Stock, "STOCK_")

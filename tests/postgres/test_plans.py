@@ -31,7 +31,7 @@ from services.orders_api.orders import NewLine, NewOrder
 from services.shared import database
 from services.shared.events import Line, OrderCancelled, OrderPlaced, PaymentAuthorized, StockReserved
 from tests.postgres.conftest import ALL, emit, row
-from tests.postgres.million import CONSUMER, DUE, FIRST_ID, LAST_ID, MILLION, customer_id, fill, handled_id, order_id
+from tests.postgres.million import CONSUMER, DUE, FIRST_ID, LAST_ID, MILLION, OLD_KEYS, customer_id, fill, handled_id, order_id
 from tests.postgres.plans import blocks, looked_at, nodes, shown
 from tests.postgres.wire import Wire, open_postgres_wire
 
@@ -341,6 +341,20 @@ async def test_old_idempotency_keys_are_forgotten(large: Large, wire: Wire, bus:
     await check_runs(large, wire, forget, rows=idempotency.MOST_FORGOTTEN)
 
 
+async def test_new_idempotency_keys_in_the_place_of_old_ones_are_not_looked_at(large: Large, wire: Wire, bus: Bus) -> None:
+    async def forget(run: int) -> None:
+        async with bus.transaction() as tx:
+            await idempotency.forget_old(tx)
+
+    for run in range(1 + OLD_KEYS // idempotency.MOST_FORGOTTEN):
+        await forget(run)
+    async with await psycopg.AsyncConnection.connect(large.url, autocommit=True) as beside:
+        await beside.execute("vacuum idempotency_key")
+        await beside.execute(NEW_KEYS, (OLD_KEYS,))
+
+    await check_runs(large, wire, forget, rows=MANY)
+
+
 # What the tests share
 
 
@@ -350,6 +364,11 @@ DELIVERY = Delivery(id=UUID(int=1), topic="", key=None, attempt=1, headers={}, d
 BACKLOG = """\
 insert into orderbus.outbox (event_id, bucket, topic, key, body, content_type, headers, unrouted)
 select gen_random_uuid(), n %% 64, 'orders.placed', 'key-' || n, '', 'application/json', '{}', 'keep' from generate_series(1, %s) n"""
+
+
+NEW_KEYS = """\
+insert into idempotency_key (key, fingerprint, order_id)
+select 'new-' || n, 'fingerprint', gen_random_uuid() from generate_series(1, %s) n"""
 
 
 def event_of(kind: type[Event], number: int, order_id: UUID) -> Event:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import msgspec
@@ -49,6 +49,18 @@ async def test_making_it_ready_again_leaves_what_is_there_as_it_is(database_url:
         assert connection.execute("select available from stock order by sku").fetchall() == [(3,), (7,), (9,)]
 
 
+async def test_an_older_database_is_brought_up_to_date(database_url: str) -> None:
+    await database.prepare(database_url, database.Stock(articles=1))
+    with psycopg.connect(database_url) as connection:
+        new = tables(connection)
+        connection.execute(OLDER)
+
+    await database.prepare(database_url, database.Stock(articles=1))
+
+    with psycopg.connect(database_url) as connection:
+        assert tables(connection) == new
+
+
 def test_it_can_be_made_ready_from_the_command_line(database_url: str) -> None:
     environment = {**os.environ, "ORDERBUS_DATABASE_URL": database_url, "STOCK_ARTICLES": "4"}
 
@@ -74,3 +86,14 @@ def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -
         from_environment(Oven, "OVEN_")
 
     assert [mistake.split(":")[0] for mistake in raised.value.mistakes] == ["OVEN_DEGREES", "OVEN_FAN"]
+
+
+OLDER = """\
+drop index idempotency_key_created_at;
+create index idempotency_key_by_age on idempotency_key using brin (created_at) with (autosummarize = on);"""
+"""What the tables were before."""
+
+
+def tables(connection: psycopg.Connection[Any]) -> list[tuple[Any, ...]]:
+    """The indexes of the services' tables."""
+    return connection.execute("select indexdef from pg_indexes where schemaname = 'public' order by 1").fetchall()
