@@ -14,6 +14,11 @@ from orderbus import UnavailableError
 from services.notification.senders import Notice, Refused
 
 TIMEOUT_S = 10.0
+"""How long connecting may take, and each answer."""
+TURN_S = 10.0
+"""How long a notice waits for those before it. With a slow server many do at once, and that is no failure of theirs."""
+SEND_S = 30.0
+"""How long a mail may take. With connecting and the wait it stays well below the handlers' limit: what was begun is not cut off by it."""
 DOMAIN = "orders.example"
 
 
@@ -46,22 +51,40 @@ class Smtp:
         self._turn = asyncio.Lock()
 
     async def send(self, notice: Notice) -> None:
-        """Raises Refused for a permanent (5xx) answer to the mail itself; every other failure is raised as it is, and tried again."""
-        async with self._turn:
-            try:
-                await self._converse(self._mail(notice))
-            except BaseException:
-                self._client.close()  # in the middle of a conversation it is of no use to the next
-                raise
+        """Raises Refused for a permanent (5xx) answer to the mail itself; every other failure is raised as it is, and tried again.
+
+        Raises UnavailableError only where nothing was sent yet.
+        """
+        await self._wait_for_turn()
+        try:
+            await self._converse(self._mail(notice))
+        except BaseException:
+            self._client.close()  # in the middle of a conversation it is of no use to the next
+            raise
+        finally:
+            self._turn.release()
+
+    async def _wait_for_turn(self) -> None:
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise UnavailableError(f"{self._place}: busy with other mails for {TURN_S:g} s") from error
 
     async def _converse(self, mail: EmailMessage) -> None:
         if not self._client.is_connected:
             try:
-                await self._client.connect()
+                async with asyncio.timeout(TIMEOUT_S):
+                    await self._client.connect()
             except OSError as error:  # what aiosmtplib raises for a connection that fails, or stays silent, is one too
-                raise UnavailableError(f"{self._place}: {error}") from error
+                raise UnavailableError(f"{self._place}: {str(error) or f'not connected in {TIMEOUT_S:g} s'}") from error
         try:
-            await self._client.send_message(mail)
+            async with asyncio.timeout(SEND_S) as limit:
+                await self._client.send_message(mail)
+        except TimeoutError as error:
+            if limit.expired():
+                raise TimeoutError(f"{self._place}: not sent in {SEND_S:g} s") from error
+            raise
         except aiosmtplib.SMTPRecipientsRefused as error:
             raise _refused_if_permanent(error.recipients[0]) from error
         except aiosmtplib.SMTPDataError as error:

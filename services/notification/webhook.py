@@ -12,6 +12,8 @@ from orderbus import UnavailableError
 from services.notification.senders import Notice, Refused
 
 TIMEOUT_S = 10.0
+TURN_S = 10.0
+"""How long a notice waits for a connection. With a slow webhook many do at once, and that is no failure of theirs."""
 MOST_CONNECTIONS = 20
 WORTH_ANOTHER_TRY = frozenset({408, 425, 429})
 """Of the answers that blame the request, those that another try may change."""
@@ -21,7 +23,7 @@ WORTH_ANOTHER_TRY = frozenset({408, 425, 429})
 async def open_webhook(url: str) -> AsyncIterator[Webhook]:
     """Connections are kept open and shared."""
     limits = httpx.Limits(max_connections=MOST_CONNECTIONS)
-    async with httpx.AsyncClient(timeout=httpx.Timeout(TIMEOUT_S), limits=limits) as client:
+    async with httpx.AsyncClient(timeout=httpx.Timeout(TIMEOUT_S, pool=TURN_S), limits=limits) as client:
         yield Webhook(client, url)
 
 
@@ -31,12 +33,17 @@ class Webhook:
         self._url = url
 
     async def send(self, notice: Notice) -> None:
-        """2xx is success; 5xx, 408, 425 and 429 are tried again; every other answer raises Refused."""
+        """2xx is success; 5xx, 408, 425 and 429 are tried again; every other answer raises Refused.
+
+        Raises UnavailableError only where nothing was sent yet.
+        """
         headers = {"Content-Type": "application/json", "Idempotency-Key": str(notice.id)}
         try:
             response = await self._client.post(self._url, content=msgspec.json.encode(notice), headers=headers)
-        except httpx.ConnectError as error:
-            raise UnavailableError(f"webhook: can't connect: {error}") from error
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise UnavailableError(f"webhook: can't connect: {str(error) or f'no answer in {TIMEOUT_S:g} s'}") from error
+        except httpx.PoolTimeout as error:
+            raise UnavailableError(f"webhook: all {MOST_CONNECTIONS} connections are busy for {TURN_S:g} s") from error
         if response.is_success:
             return
         if response.is_server_error or response.status_code in WORTH_ANOTHER_TRY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.policy
 import json
 import logging
@@ -19,11 +20,12 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
-from orderbus import SettingsError, new_id
+from orderbus import SettingsError, UnavailableError, new_id
 from orderbus._core.message import Outgoing, Receipt
 from orderbus._core.topology import EVENTS_EXCHANGE
 from services import notification
-from services.notification.senders import open_sender
+from services.notification import smtp, webhook
+from services.notification.senders import Notice, open_sender
 from services.shared.events import OrderCancelled, OrderConfirmed
 from services.shared.logs import set_up_logs
 from tests.servers import free_port
@@ -33,16 +35,19 @@ pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
 CONFIRMED = OrderConfirmed(order_id=UUID(int=1), customer_id=CUSTOMER, total_cents=12_345)
 CANCELLED = OrderCancelled(order_id=UUID(int=2), customer_id=CUSTOMER, reason="out-of-stock")
+NOTICE = Notice(UUID(int=3), CUSTOMER, "Order confirmed", "It is.")
 
 
 class Mailbox:
-    """An aiosmtpd handler that answers what it is told to, then 250."""
+    """An aiosmtpd handler that answers what it is told to, then 250; a mail's content once it is `open`."""
 
     def __init__(self) -> None:
         self.mails: list[EmailMessage] = []
         self.peers: set[object] = set()
         self.answers: list[str] = []
         self.recipient_answers: list[str] = []
+        self.open = threading.Event()
+        self.open.set()
 
     async def handle_RCPT(  # noqa: N802 - the name that aiosmtpd looks for
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: Sequence[str]
@@ -53,6 +58,7 @@ class Mailbox:
         return "250 OK"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
+        await asyncio.to_thread(self.open.wait)
         if self.answers:
             return self.answers.pop(0)
         self.peers.add(session.peer)
@@ -72,17 +78,19 @@ def mail_server(mailbox: Mailbox, port: int = 0) -> Iterator[int]:
     try:
         yield controller.port
     finally:
+        mailbox.open.set()
         controller.stop()
 
 
 class Hook(BaseHTTPRequestHandler):
-    """Answers with the server's next status, then 200, and keeps what came."""
+    """Answers with the server's next status, then 200, once the server is `open`, and keeps what came."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.open.wait()
         status = server.statuses.pop(0) if server.statuses else 200
         server.calls.append((status, self.headers["Idempotency-Key"], body))
         self.send_response(status)
@@ -103,12 +111,14 @@ def web_server(*statuses: int, listener: socket.socket | None = None) -> Iterato
         server.server_address = listener.getsockname()
         server.server_activate()
     server.daemon_threads = True
-    server.statuses, server.calls = list(statuses), []
+    server.statuses, server.calls, server.open = list(statuses), [], threading.Event()
+    server.open.set()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield server
     finally:
+        server.open.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -292,3 +302,79 @@ async def test_while_nobody_listens_at_the_webhook_notices_wait(shop: Shop, monk
             await until(look)
             await until_handled(notification.bus, 1)
         assert notification.bus.stats.failed == 0
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """Of a host that swallows packets: a listener whose queue is full."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for client in (first, second):
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("url", ["webhook:http://127.0.0.1:{}/hook", "smtp://127.0.0.1:{}"])
+async def test_a_host_that_swallows_packets_is_as_one_that_is_away(
+    silent_port: int, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    for module in (smtp, webhook):
+        monkeypatch.setattr(module, "TIMEOUT_S", 0.05)
+    async with open_sender(url.format(silent_port)) as sender:
+        with pytest.raises(UnavailableError, match=f"^mail server 127.0.0.1:{silent_port}: .|^webhook: can't connect: ."):
+            await sender.send(NOTICE)
+
+
+async def test_waiting_for_a_slow_webhook_counts_as_no_attempt(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook, "MOST_CONNECTIONS", 1)
+    monkeypatch.setattr(webhook, "TURN_S", 0.05)
+    with web_server() as server:
+        server.open.clear()
+        monkeypatch.setenv("NOTIFY_URL", f"webhook:http://127.0.0.1:{server.server_address[1]}/hook")
+        async with shop.running(notification.bus):
+            await shop.say(CONFIRMED, CANCELLED)
+            await until_stats(notification.bus, lambda stats: stats.waited >= 2)
+            server.open.set()
+            await until_handled(notification.bus, 2)
+            assert notification.bus.stats.failed == 0
+
+    assert len({key for _, key, _ in server.calls}) == len(server.calls) == 2
+
+
+async def test_waiting_for_a_slow_mail_server_counts_as_no_attempt(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smtp, "TURN_S", 0.05)
+    mailbox = Mailbox()
+    mailbox.open.clear()
+    with mail_server(mailbox) as port:
+        monkeypatch.setenv("NOTIFY_URL", f"smtp://127.0.0.1:{port}")
+        async with shop.running(notification.bus):
+            await shop.say(CONFIRMED, CANCELLED)
+            await until_stats(notification.bus, lambda stats: stats.waited >= 2)
+            mailbox.open.set()
+            await until_handled(notification.bus, 2)
+            assert notification.bus.stats.failed == 0
+
+    assert len({str(mail["Message-ID"]) for mail in mailbox.mails}) == len(mailbox.mails) == 2
+
+
+async def test_a_mail_that_takes_too_long_is_given_up_and_the_next_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Mailbox()
+    mailbox.open.clear()
+    with mail_server(mailbox) as port:
+        async with open_sender(f"smtp://127.0.0.1:{port}") as sender:
+            with monkeypatch.context() as patch:
+                patch.setattr(smtp, "SEND_S", 0.05)
+                with pytest.raises(TimeoutError, match=r"not sent in 0\.05 s"):
+                    await sender.send(NOTICE)
+            mailbox.open.set()
+            await sender.send(msgspec.structs.replace(NOTICE, subject="The next"))
+
+    assert "The next" in [mail["Subject"] for mail in mailbox.mails]
+
+
+def test_what_was_begun_is_not_cut_off_by_the_limit_of_its_handler() -> None:
+    for handler in notification.bus.handlers:
+        assert handler.options.timeout_s > smtp.TURN_S + smtp.TIMEOUT_S + smtp.SEND_S
+        assert handler.options.timeout_s > webhook.TURN_S + 3 * webhook.TIMEOUT_S  # to connect, to write and to read
