@@ -62,3 +62,14 @@ create table if not exists reservation (
     reversals integer not null default 0,
     decided_at timestamptz not null default clock_timestamp()
 ) with (fillfactor = 80);
+
+-- By default vacuum waits until a fifth of a table is dead, and what looks for pending orders every second reads over the dead entries
+-- of `orders_pending` until then. By count, that does not grow with the table.
+alter table orders set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000,
+    autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 50000);
+alter table idempotency_key set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000,
+    autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 50000);
+alter table payment set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000,
+    autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 50000);
+alter table reservation set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000,
+    autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 50000);

@@ -90,10 +90,16 @@ def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 OLDER = """\
 drop index idempotency_key_created_at;
-create index idempotency_key_by_age on idempotency_key using brin (created_at) with (autosummarize = on);"""
+create index idempotency_key_by_age on idempotency_key using brin (created_at) with (autosummarize = on);
+alter table orders reset (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold,
+    autovacuum_vacuum_insert_scale_factor, autovacuum_vacuum_insert_threshold);"""
 """What the tables were before."""
 
 
 def tables(connection: psycopg.Connection[Any]) -> list[tuple[Any, ...]]:
-    """The indexes of the services' tables."""
-    return connection.execute("select indexdef from pg_indexes where schemaname = 'public' order by 1").fetchall()
+    """Their indexes, and how they are stored."""
+    return connection.execute(
+        "select relname::text, (select array_agg(option order by option) from unnest(reloptions) option),"
+        " case when relkind = 'i' then pg_get_indexdef(oid) end"
+        " from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'i') order by relname"
+    ).fetchall()
