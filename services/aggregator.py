@@ -199,11 +199,12 @@ from unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[])
     as said (order_id, status, payment, stock, reason)
 where orders.order_id = said.order_id"""
 
-# Every process of the group runs it: each takes rows that no other has.
+# Every process of the group runs it: each takes rows that no other has. By the time at which this database stored them: by that of an
+# API whose clock is behind, they would be overdue when they come.
 _CANCEL_OVERDUE = """\
 update orders set status = 'cancelled', reason = 'deadline', finished_at = clock_timestamp()
 where order_id in (
     select order_id from orders
-    where status = 'pending' and placed_at < now() - make_interval(secs => %s)
-    order by placed_at limit 500 for update skip locked)
-returning order_id, customer_id, extract(epoch from now() - placed_at)::float8"""
+    where status = 'pending' and stored_at < now() - make_interval(secs => %s)
+    order by stored_at limit 500 for update skip locked)
+returning order_id, customer_id, extract(epoch from now() - stored_at)::float8"""

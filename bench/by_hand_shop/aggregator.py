@@ -91,8 +91,8 @@ with refused as (
     update orders set status = 'cancelled', reason = 'deadline', finished_at = clock_timestamp()
     where order_id in (
         select order_id from orders
-        where status = 'pending' and placed_at < now() - make_interval(secs => %s)
-        order by placed_at limit 500 for update skip locked)
+        where status = 'pending' and stored_at < now() - make_interval(secs => %s)
+        order by stored_at limit 500 for update skip locked)
     returning order_id, customer_id, reason)
 {_CANCELLED}"""
 

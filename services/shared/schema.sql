@@ -13,11 +13,16 @@ create table if not exists orders (
     payment_at timestamptz,
     stock text check (stock in ('reserved', 'rejected')),
     stock_at timestamptz,
-    finished_at timestamptz
+    finished_at timestamptz,
+    stored_at timestamptz not null default now()
 ) with (fillfactor = 60);
 
+-- `placed_at` is by the API's clock, `stored_at` by this one, to which the deadline is kept.
+alter table orders add column if not exists stored_at timestamptz not null default now();
+
 create index if not exists orders_by_customer on orders (customer_id, placed_at desc, order_id desc);
-create index if not exists orders_pending on orders (placed_at) where status = 'pending';
+create index if not exists orders_pending_stored_at on orders (stored_at) where status = 'pending';
+drop index if exists orders_pending;
 
 -- The truth of Idempotency-Key: a row in the order's own transaction. Redis only spares the way here.
 create table if not exists idempotency_key (
@@ -64,7 +69,7 @@ create table if not exists reservation (
 ) with (fillfactor = 80);
 
 -- By default vacuum waits until a fifth of a table is dead, and what looks for pending orders every second reads over the dead entries
--- of `orders_pending` until then. By count, that does not grow with the table.
+-- of `orders_pending_stored_at` until then. By count, that does not grow with the table.
 alter table orders set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000,
     autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 50000);
 alter table idempotency_key set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000,

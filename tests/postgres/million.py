@@ -79,10 +79,10 @@ def _rows() -> dict[str, str]:
     order = _uuid(ORDERS)
     event = f"{order}, n % 64, 'orders.placed', 'key-' || n, '\\x7b7d'::bytea, 'application/json', '{{}}'::json, 'keep'"
     return {
-        "orders": f"""(order_id, customer_id, total_cents, lines, status, placed_at)
+        "orders": f"""(order_id, customer_id, total_cents, lines, status, placed_at, stored_at)
             select {order}, ('{"0" * 28}' || to_hex(4096 + n % 10000))::uuid, 1000, '[]'::jsonb,
                 case when n <= {MILLION - PENDING} then 'confirmed' else 'pending' end,
-                now() - interval '10 min' - ({MILLION} - n) * interval '10 ms' {n}""",
+                at, at {n}, lateral (select now() - interval '10 min' - ({MILLION} - n) * interval '10 ms' as at) placed""",
         # Four of each key: the first waits for its next try, the others stay behind it.
         "orderbus.stuck": f"""(id, {keys}, created_at, reason, attempts, first_at, last_at, next_try_at, is_behind)
             select n, {event.replace("'key-' || n", "'stuck-' || n % 250000")}, now(), 'unroutable', 1, now(), now(),

@@ -124,7 +124,7 @@ async def test_an_order_without_an_answer_is_cancelled_at_its_deadline(
 ) -> None:
     monkeypatch.setenv("ORDER_DEADLINE_S", "0.05")
     await shop.place_silently(order(1), order(2))
-    await shop.change("update orders set placed_at = now() + interval '1 hour' where order_id = '" + str(UUID(int=2)) + "'")
+    await shop.change("update orders set stored_at = now() + interval '1 hour' where order_id = '" + str(UUID(int=2)) + "'")
     async with shop.running(aggregator.bus):
         await shop.until_heard(OrderCancelled, 1)
         await say_one_by_one(shop, PAID, HELD)
@@ -132,6 +132,20 @@ async def test_an_order_without_an_answer_is_cancelled_at_its_deadline(
         assert await shop.rows(ORDERS) == [("cancelled", "deadline", None, None, True), ("pending", None, None, None, False)]
     assert shop.ends(ID) == [cancelled("deadline")]
     assert orders_of_lines(caplog) == [ID]
+
+
+async def test_the_deadline_is_kept_to_the_databases_clock_whatever_the_apis_says(shop: Shop) -> None:
+    await shop.place_silently(order(1), order(2))
+    late, early = UUID(int=1), UUID(int=2)
+    await shop.change(
+        f"update orders set placed_at = now() + interval '1 hour', stored_at = now() - interval '61 s' where order_id = '{late}'"
+    )
+    await shop.change(f"update orders set placed_at = now() - interval '1 hour' where order_id = '{early}'")
+
+    async with shop.running(aggregator.bus):
+        await shop.until_heard(OrderCancelled, 1)
+
+    assert await shop.rows("select order_id, status from orders order by 1") == [(late, "cancelled"), (early, "pending")]
 
 
 async def test_two_processes_cancel_each_overdue_order_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,9 @@ OLDER = """\
 drop index idempotency_key_created_at;
 create index idempotency_key_by_age on idempotency_key using brin (created_at) with (autosummarize = on);
 alter table orders reset (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold,
-    autovacuum_vacuum_insert_scale_factor, autovacuum_vacuum_insert_threshold);"""
+    autovacuum_vacuum_insert_scale_factor, autovacuum_vacuum_insert_threshold);
+alter table orders drop column stored_at;
+create index orders_pending on orders (placed_at) where status = 'pending';"""
 """What the tables were before."""
 
 
