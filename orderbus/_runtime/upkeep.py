@@ -82,7 +82,7 @@ class Repetition:
 
 
 async def maintain(store: Store, window_s: float) -> None:
-    """Partitions of the inbox are made ahead and dropped behind, every hour."""
+    """Partitions of the inbox are made ahead and dropped behind, every hour. Whatever fails in it ends no bus."""
     while True:
         try:
             await store.maintain(window_s)
@@ -91,6 +91,8 @@ async def maintain(store: Store, window_s: float) -> None:
         except UsageError as error:
             log.info("this process leaves the upkeep of inbox and outbox to another: %s", error)
             return
+        except Exception as error:
+            log.warning("the upkeep of inbox and outbox waits for the next hour: %s", error, exc_info=True)
         await anyio.sleep(MAINTENANCE_EVERY_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Iterator
 from urllib.parse import urlencode
@@ -125,6 +126,41 @@ async def test_a_server_without_a_free_connection_is_unavailable(url: str, query
     finally:
         query(f"alter database {name} connection limit -1")
         query("drop role orderbus_test_few")
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("state", "text", "is_waited_for"),
+    [
+        ("53000", "insufficient resources", True),
+        ("53100", "could not extend file: No space left on device", True),
+        ("53200", "out of memory", True),
+        ("53400", "too many replication slots", True),
+        ("53400", "temporary file size exceeds temp_file_limit (64kB)", False),
+        ("58000", "system error", True),
+        ("58030", "could not read block 0", True),
+        ("54000", "index row size 3000 exceeds btree version 4 maximum 2704", False),
+        ("54001", "stack depth limit exceeded", False),
+        ("54011", "tables can have at most 1600 columns", False),
+        ("XX000", "internal error", False),
+    ],
+)
+async def test_a_server_in_trouble_is_waited_for_and_a_statement_that_is_too_much_is_not(
+    url: str, state: str, text: str, is_waited_for: bool
+) -> None:
+    async with open_store(url, name="t") as store:
+        transaction = await store.begin()
+        with pytest.raises(UnavailableError if is_waited_for else psycopg.errors.lookup(state), match=re.escape(text)):
+            await transaction.execute(f"do $$ begin raise '%%', '{text}' using errcode = '{state}'; end $$", ())
+        await transaction.rollback()
+
+
+@pytest.mark.parametrize("file", ["varsup.c", "multixact.c"])
+def test_a_server_that_stops_before_its_ids_wrap_around_is_waited_for_in_any_language(file: str) -> None:
+    told = {psycopg.pq.DiagnosticField.SOURCE_FILE: file.encode()}
+    stopped = psycopg.errors.ProgramLimitExceeded("die Datenbank nimmt keine Befehle an", info=told)
+
+    assert isinstance(classify(stopped, "here"), UnavailableError)
 
 
 def test_the_error_behind_an_aborted_pipeline_is_found() -> None:

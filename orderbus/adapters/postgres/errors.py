@@ -44,6 +44,10 @@ def classify(error: psycopg.Error, where: str) -> UnavailableError | None:
         return TransientError(detail)
     if isinstance(error, _UNAVAILABLE) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):
         return UnavailableError(detail)
+    if isinstance(error, errors.ConfigurationLimitExceeded) and "temp_file_limit" not in detail:  # which a statement exceeds
+        return UnavailableError(detail)
+    if isinstance(error, errors.ProgramLimitExceeded) and error.diag.source_file in _OUT_OF_IDS:
+        return UnavailableError(detail)
     return None
 
 
@@ -62,6 +66,10 @@ def first_error(error: psycopg.Error) -> psycopg.Error:
     return error
 
 
+_OUT_OF_IDS = ("varsup.c", "multixact.c")
+"""Where PostgreSQL stops before transaction ids wrap around. It says so in a language of its own choice; with the same code a
+statement is told that a value is too large."""
+
 _TRANSIENT = (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable)
 
 _UNAVAILABLE = (
@@ -70,6 +78,10 @@ _UNAVAILABLE = (
     errors.CannotConnectNow,
     errors.TooManyConnections,
     errors.DiskFull,
+    errors.OutOfMemory,
+    errors.InsufficientResources,
+    errors.SystemError,
+    errors.IoError,
     errors.IdleInTransactionSessionTimeout,
     errors.IdleSessionTimeout,
     errors.DatabaseDropped,
