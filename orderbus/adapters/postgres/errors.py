@@ -40,7 +40,9 @@ def classify(error: psycopg.Error, where: str) -> UnavailableError | None:
     """The orderbus error for a driver's error; None where it is the statement's own (a constraint, a syntax error, …)."""
     text = str(error).strip().splitlines()
     detail = f"{where}: {text[0] if text else type(error).__name__}"
-    if isinstance(error, _TRANSIENT) or _is_of_a_new_partition(error):
+    if _is_of_a_new_partition(error):
+        return UnavailableError(detail) if error.diag.constraint_name else TransientError(detail)
+    if isinstance(error, _TRANSIENT):
         return TransientError(detail)
     if isinstance(error, _UNAVAILABLE) or (error.sqlstate is None and isinstance(error, psycopg.OperationalError)):
         return UnavailableError(detail)
@@ -52,7 +54,8 @@ def classify(error: psycopg.Error, where: str) -> UnavailableError | None:
 
 
 def _is_of_a_new_partition(error: psycopg.Error) -> bool:
-    """An inbox row was on its way into the default partition while the partition of its day was attached: the next try finds that."""
+    """An inbox row was on its way into the default partition while the partition of its day was attached: the next try finds that.
+    Or a constraint refuses it, until that is done."""
     return isinstance(error, errors.CheckViolation) and (error.diag.schema_name, error.diag.table_name) == (
         "orderbus",
         "inbox_default",

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from orderbus.adapters.postgres.partitions import create_partitions
+from orderbus.adapters.postgres.partitions import create_first_partitions
 from orderbus.adapters.postgres.pool import where_of
 from orderbus.errors import UsageError
 
@@ -22,7 +22,8 @@ def schema_sql(since: int = 0) -> str:
 
 
 async def apply(connection: Connection) -> list[int]:
-    """Bring the database to this library's version and create the coming days' inbox partitions; which versions were applied.
+    """Bring the database to this library's version; which versions were applied. A new inbox has partitions for the coming days;
+    those of an inbox that is there already are the upkeep's, which may be at work.
 
     One transaction, or a savepoint inside the caller's. Two appliers take turns. Raises UsageError where the database is newer.
     """
@@ -38,7 +39,8 @@ async def apply(connection: Connection) -> list[int]:
         for version, sql in known:
             if version > present:
                 await connection.execute(_step(version, sql))
-        await create_partitions(connection)
+        if not present:
+            await create_first_partitions(connection)
     return applied
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
+import psycopg
 from psycopg import errors
+from psycopg.pq import TransactionStatus
 
 from orderbus.abc import InboxEntry
 from orderbus.adapters.postgres import inbox as inbox_table, schema
 from orderbus.adapters.postgres.embedded import is_embedded, start_embedded
 from orderbus.adapters.postgres.errors import limited
 from orderbus.adapters.postgres.outbox import PostgresOutbox, promote_orphans
-from orderbus.adapters.postgres.partitions import create_partitions, drop_partitions
-from orderbus.adapters.postgres.pool import Pool, conninfo_for, with_options
+from orderbus.adapters.postgres.partitions import clean_default_partition, create_partitions, drop_partitions
+from orderbus.adapters.postgres.pool import Connection, Pool, conninfo_for, with_options
 from orderbus.adapters.postgres.transaction import EnlistedTransaction, PostgresTransaction
-from orderbus.errors import UsageError
+from orderbus.errors import UnavailableError, UsageError
 
 __all__ = ["PostgresStore", "open_store"]
+
+log = logging.getLogger("orderbus")
 
 
 @asynccontextmanager
@@ -63,6 +69,8 @@ async def open_store(
 
 
 RELAY_CONNECTIONS = 2
+VALIDATION_S = 1800.0
+"""To read the inbox's default partition may take long, where it is. Nobody waits for it."""
 
 _ALWAYS_BY_INDEX = {"enable_seqscan": "off", "jit": "off"}
 """A plan that was cached while the outbox was short reads the whole table: with a backlog of 100,000 rows, a delete of 500 took
@@ -118,22 +126,45 @@ class PostgresStore:
     async def maintain(self, window_s: float) -> None:
         """Never waits long for a lock: what could not be done now is left for the next call. Two callers do not collide.
 
-        Raises UsageError where the role does not own the inbox, as one with few rights does not: its owner has to do it.
+        A step that fails keeps none of the others from being taken; then it raises. Raises UsageError where the role does not own
+        the inbox, as one with few rights does not: its owner has to do it.
         """
         async with (
             self._pool.connection(is_kept=False) as connection,
             _permitted(self._pool.where, "what owns the schema orderbus"),
-            limited(self._pool.where, self._limit_s, is_ours=True),
         ):
-            await _require_ownership(connection, self._pool.where)
-            if not await _try_lock(connection):
-                return
+            async with self._ours():
+                await _require_ownership(connection, self._pool.where)
+                is_mine = await _try_lock(connection)
+            failures = await self._keep_up(connection, window_s) if is_mine else []
+            for failure in failures[1:]:
+                log.warning("the upkeep of inbox and outbox waits for the next hour: %s", failure)
+            if failures:
+                raise failures[0]
+
+    async def _keep_up(self, connection: Connection, window_s: float) -> list[Exception]:
+        """What failed."""
+        failures: list[Exception] = []
+        steps: list[tuple[Callable[[], Awaitable[Any]], float]] = [
+            (partial(create_partitions, connection), VALIDATION_S),
+            (partial(drop_partitions, connection, window_s), self._limit_s),
+            (partial(promote_orphans, connection), self._limit_s),
+            (partial(clean_default_partition, connection, window_s), self._limit_s),
+        ]
+        for step, limit_s in steps:
             try:
-                await create_partitions(connection)
-                await drop_partitions(connection, window_s)
-                await promote_orphans(connection)
-            finally:
-                await connection.execute(_UNLOCK)
+                async with limited(self._pool.where, limit_s, is_ours=True):
+                    await step()
+            except (UnavailableError, psycopg.Error) as error:
+                failures.append(error)
+                if connection.info.transaction_status is not TransactionStatus.IDLE:
+                    return failures  # it is lost, and the lock with it
+        async with self._ours():
+            await connection.execute(_UNLOCK)
+        return failures
+
+    def _ours(self) -> AbstractAsyncContextManager[None]:
+        return limited(self._pool.where, self._limit_s, is_ours=True)
 
     async def _know(self, entries: Sequence[InboxEntry]) -> None:
         """Learn the numbers of consumers met for the first time: as many as there are handlers."""

@@ -91,3 +91,5 @@ create table orderbus.inbox (
 create index inbox_handled_at on orderbus.inbox using brin (handled_at) with (autosummarize = on);
 
 create table orderbus.inbox_default partition of orderbus.inbox default;
+-- Rows are deleted from it, and others take their place: what BRIN knows of a range of blocks only ever widens.
+create index inbox_default_handled_at_btree on orderbus.inbox_default (handled_at);
