@@ -265,4 +265,4 @@ class Store(Protocol):
         """Raise UsageError where the schema is missing or of another version, naming the command that mends it."""
 
     async def maintain(self, window_s: float) -> None:
-        """Create the inbox partitions of the coming days, drop those wholly outside the dedupe window."""
+        """Create the inbox partitions of the coming days, drop those outside the dedupe window, or a longer one that others have."""

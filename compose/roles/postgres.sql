@@ -75,7 +75,7 @@ select to_regclass('orderbus.outbox') is not null as has_tables \gset
 create temporary table may (kind text, rights text, object text) on commit drop;
 insert into may values
     ('service', 'select', 'schema_version'),
-    ('service', 'select, insert', 'consumer'),
+    ('service', 'select, insert, update (window_s, seen_at)', 'consumer'),
     ('service', 'select, insert, delete', 'inbox'),
     ('service', 'insert', 'outbox'),
     ('service', 'insert', 'scheduled'),

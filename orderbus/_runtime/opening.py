@@ -49,7 +49,7 @@ def open_broker(url: str, *, name: str) -> AbstractAsyncContextManager[Any]:
     return adapter(url).open_broker(url, name=name)  # type: ignore[no-any-return]
 
 
-def open_store(url: str, *, name: str, pool_size: int, **limits: int) -> AbstractAsyncContextManager[Any]:
+def open_store(url: str, *, name: str, pool_size: int, **limits: float) -> AbstractAsyncContextManager[Any]:
     """`limits`: as the adapter takes them; a store in memory needs none."""
     if scheme_of(url) == "memory":
         return adapter(url).open_store(url)  # type: ignore[no-any-return]

@@ -53,7 +53,11 @@ class Servers:
             redis_url = redis_url or settings.broker_url
         if database_url is not None:
             opening = open_store(
-                database_url, name=self._group, pool_size=settings.pool_size, idle_in_transaction_ms=self._idle_ms
+                database_url,
+                name=self._group,
+                pool_size=settings.pool_size,
+                idle_in_transaction_ms=self._idle_ms,
+                dedupe_window_s=settings.dedupe_window_s,
             )
             with starting(self._group, "to connect to the database and to look at its schema", self._clock):
                 store = await self._enter(stack, database_url, opening)

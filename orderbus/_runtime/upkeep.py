@@ -83,14 +83,16 @@ class Repetition:
 
 async def maintain(store: Store, window_s: float) -> None:
     """Partitions of the inbox are made ahead and dropped behind, every hour. Whatever fails in it ends no bus."""
+    is_left = False
     while True:
         try:
             await store.maintain(window_s)
         except UnavailableError as error:
             log.warning("the upkeep of inbox and outbox waits for the next hour: %s", error)
-        except UsageError as error:
-            log.info("this process leaves the upkeep of inbox and outbox to another: %s", error)
-            return
+        except UsageError as error:  # said once; called all the same, since the store tells who does it what is needed here
+            if not is_left:
+                log.info("this process leaves the upkeep of inbox and outbox to another: %s", error)
+            is_left = True
         except Exception as error:
             log.warning("the upkeep of inbox and outbox waits for the next hour: %s", error, exc_info=True)
         await anyio.sleep(MAINTENANCE_EVERY_S)

@@ -62,7 +62,9 @@ def check(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: 17 3 * * * orderbus schema upkeep")
 @clear_errors
 def upkeep() -> None:
-    """Make the inbox's partitions of the coming days, and drop those outside ORDERBUS_DEDUPE_WINDOW_S, as the tables' owner.
+    """Make the inbox's partitions of the coming days, and drop those outside the dedupe window, as the tables' owner.
+
+    That is ORDERBUS_DEDUPE_WINDOW_S, or the longest that the services using the database have.
 
     Every bus whose role owns the tables does so each hour. Where none does, run it once a day.
     """

@@ -210,7 +210,8 @@ def test_a_role_that_lacks_rights_is_told_which(project: Project, database_url: 
         project.environment |= {"ORDERBUS_DATABASE_URL": url, "ORDERBUS_RELAY": "false"}
         code, what = found(project)
     lacking = (
-        "insert on orderbus.consumer, insert on orderbus.outbox, usage on orderbus.outbox_id_seq, insert on orderbus.scheduled"
+        "insert on orderbus.consumer, update (window_s, seen_at) on orderbus.consumer, insert on orderbus.outbox, "
+        "usage on orderbus.outbox_id_seq, insert on orderbus.scheduled"
     )
     assert (code, what["rights"]["text"].partition(";")[0]) == (1, f"the role lacks {lacking}")
 

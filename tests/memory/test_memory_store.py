@@ -98,6 +98,16 @@ async def test_maintenance_forgets_what_is_older_than_the_window(store: MemorySt
     assert list(again.verdicts) == [Verdict.NEW, Verdict.DUPLICATE]
 
 
+async def test_maintenance_forgets_nothing_that_another_s_longer_window_needs(store: MemoryStore) -> None:
+    await (await store.begin([_entry(1)])).commit([], [])
+    await anyio.sleep(100)
+
+    await store.maintain(500)
+    await store.maintain(50)
+
+    assert [entry.event_id.int for entry in store.handled()] == [1]
+
+
 async def test_waiting_for_another_transaction_ends_after_a_time(store: MemoryStore) -> None:
     first = await store.begin([_entry(1)])
 

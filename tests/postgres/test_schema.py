@@ -219,6 +219,40 @@ async def test_what_was_handled_within_a_day_beyond_the_window_stays(store: Post
     assert query("select event_id from orderbus.inbox") == []
 
 
+async def test_the_longest_window_in_use_counts_whoever_does_the_upkeep(store: PostgresStore, url: str, query: Sql) -> None:
+    async with open_store(url, name="long", dedupe_window_s=30 * DAY_S) as patient:
+        old, foreign = an_id(await _old_partition(query, 25)), uuid4()
+        await handle(patient, old, foreign)
+        query("update orderbus.inbox set handled_at = now() - interval '24 days'")
+
+        await store.maintain(3600)
+        assert await handle(patient, old, foreign) == [Verdict.DUPLICATE] * 2
+
+        query("update orderbus.consumer set seen_at = now() - interval '30 days 23 hours'")
+        await store.maintain(3600)
+        assert len(query("select 1 from orderbus.inbox")) == 2
+
+        query("update orderbus.consumer set seen_at = now() - interval '40 days'")
+        await patient.maintain(30 * DAY_S)  # tells that it is there
+        await store.maintain(3600)
+        assert len(query("select 1 from orderbus.inbox")) == 2
+
+    query("update orderbus.consumer set seen_at = now() - interval '31 days 1 minute'")
+    await store.maintain(3600)
+    assert query("select 1 from orderbus.inbox") == []
+
+
+async def test_a_window_that_is_shortened_counts_at_once(url: str, store: PostgresStore, query: Sql) -> None:
+    for window_s in (30 * DAY_S, 3600):
+        async with open_store(url, name="tests", dedupe_window_s=window_s) as one:
+            await handle(one, uuid4())
+    query("update orderbus.inbox set handled_at = now() - interval '2 days'")
+
+    await store.maintain(3600)
+
+    assert query("select 1 from orderbus.inbox") == []
+
+
 async def test_a_day_ahead_is_attached_without_reading_the_default_partition(url: str, store: PostgresStore, query: Sql) -> None:
     """Nor is a constraint left over. An id of that day that was there already moves along."""
     last, beyond = [today(query) + datetime.timedelta(days=ahead) for ahead in (8, 9)]

@@ -10,9 +10,11 @@ import pytest
 
 from orderbus._runtime import upkeep
 from orderbus.abc import Store
-from orderbus.errors import UnavailableError
+from orderbus.errors import UnavailableError, UsageError
 
 pytestmark = pytest.mark.anyio
+
+NOT_OURS = UsageError("the role does not own orderbus.inbox", code="OB504")
 
 
 class Failing:
@@ -30,6 +32,7 @@ class Failing:
     ("failures", "told"),
     [
         ([UnavailableError("away"), ValueError("of the database")], ["WARNING away", "WARNING of the database"]),
+        ([NOT_OURS, NOT_OURS], [f"INFO {NOT_OURS}"]),
     ],
 )
 async def test_it_goes_on_whatever_it_fails_with(

@@ -18,9 +18,10 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 
-from orderbus import Bus, Event, Park, RetryLater, Settings, Tx
+from orderbus import Bus, Event, Park, RetryLater, Settings, Tx, new_id
 from orderbus._core.message import Outgoing, Receipt
 from orderbus._core.topology import EVENTS_EXCHANGE, Binding, Queue, QueueNeed, Topology, topology_for
+from orderbus.abc import InboxEntry
 from orderbus.adapters.postgres import open_store
 from orderbus.adapters.rabbitmq import open_broker
 from orderbus.errors import OrderbusError, TopologyError, UsageError
@@ -219,6 +220,7 @@ async def operator(users: Users, database: Database, *arguments: str) -> list[st
         "select * from orderbus.outbox",
         "delete from orderbus.outbox",
         "update orderbus.inbox set body_hash = 0",
+        "update orderbus.consumer set name = 'mine'",
         "select * from orderbus.stuck",
         "delete from orderbus.lease",
         "insert into orderbus.schema_version (version) values (99)",
@@ -259,6 +261,18 @@ async def test_the_upkeep_is_the_owner_s(database: Database) -> None:
     done = await anyio.run_process(command, env={**os.environ, "ORDERBUS_DATABASE_URL": database.url_of("owner")}, cwd=ROOT)
     assert b"kept up" in done.stdout
     assert database.query("owner", f"select to_regclass('orderbus.{name}') is not null") == [(True,)]
+
+
+async def test_a_service_tells_the_owner_s_upkeep_its_window(database: Database) -> None:
+    async with open_store(database.url_of("bank"), name="test", dedupe_window_s=30 * 86_400) as store:
+        transaction = await store.begin([InboxEntry(new_id(), "bank.windows", 1)])
+        await transaction.commit([], [])
+        with psycopg.connect(database.url) as connection:
+            connection.execute("update orderbus.consumer set window_s = null, seen_at = 'epoch'")
+        with pytest.raises(UsageError, match="does not own"):
+            await store.maintain(30 * 86_400)
+    kept = "select window_s, seen_at > now() - interval '1 hour' from orderbus.consumer where name = 'bank.windows'"
+    assert database.query("owner", kept) == [(30 * 86_400, True)]
 
 
 async def test_a_group_s_user_reaches_no_other_group_s_queue(users: Users) -> None:

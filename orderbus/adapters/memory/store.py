@@ -44,6 +44,7 @@ class MemoryStore:
         self._outbox = MemoryOutbox()
         self._handled: dict[_Key, _Handled] = {}
         self._open: dict[_Key, MemoryTransaction] = {}
+        self._window_s = 0.0
 
     @property
     def outbox(self) -> MemoryOutbox:
@@ -81,9 +82,10 @@ class MemoryStore:
         await checkpoint()
 
     async def maintain(self, window_s: float) -> None:
-        """Forget the inbox entries that were handled longer ago than the dedupe window."""
+        """Forget the inbox entries that were handled longer ago than the longest dedupe window of those who share it."""
         await checkpoint()
-        before = anyio.current_time() - window_s
+        self._window_s = max(self._window_s, window_s)
+        before = anyio.current_time() - self._window_s
         while self._handled:
             oldest = next(iter(self._handled))  # insertion order is the order of handling
             if self._handled[oldest].at >= before:

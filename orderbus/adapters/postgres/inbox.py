@@ -10,7 +10,7 @@ from orderbus.adapters.postgres.arrays import int4_array, int8_array, uuid_array
 from orderbus.adapters.postgres.trip import Call, Connection, rows_of, trip
 from orderbus.errors import TransientError
 
-__all__ = ["begin", "forget", "number_consumers"]
+__all__ = ["begin", "forget", "keep_windows", "number_consumers"]
 
 _BEGIN = "begin isolation level read committed read write"
 
@@ -60,12 +60,25 @@ def forget(entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> Call:
     return Call(_FORGET, (ids, int4_array([numbers[entry.consumer] for entry in entries])), keeps_plan=False)
 
 
-async def number_consumers(connection: Connection, names: Sequence[str]) -> dict[str, int]:
+async def number_consumers(connection: Connection, names: Sequence[str], window_s: float | None) -> dict[str, int]:
     """The number of each consumer, given to it now if it is new. In a transaction of its own: numbers outlive a rollback."""
     ordered = sorted(names)
     await connection.execute("insert into orderbus.consumer (name) select unnest(%s::text[]) on conflict do nothing", (ordered,))
-    cursor = await connection.execute("select name, id from orderbus.consumer where name = any (%s)", (ordered,))
+    return await keep_windows(connection, ordered, window_s)
+
+
+async def keep_windows(connection: Connection, names: Sequence[str], window_s: float | None) -> dict[str, int]:
+    """Tell the upkeep, in whichever process it runs, how long these consumers need their rows; their numbers."""
+    cursor = await connection.execute(_KEEP_WINDOWS, (window_s, list(names)))
     return dict(await cursor.fetchall())
+
+
+# Locked in one order: the processes of a group do so at the same time.
+_KEEP_WINDOWS = """\
+update orderbus.consumer set window_s = coalesce(%s, window_s), seen_at = now()
+from (select id from orderbus.consumer where name = any (%s) order by id for no key update) mine
+where consumer.id = mine.id
+returning name, consumer.id"""
 
 
 def _hash_by_row(entries: Sequence[InboxEntry], numbers: Mapping[str, int]) -> dict[tuple[Any, int], int]:

@@ -50,7 +50,7 @@ async def create_first_partitions(connection: Connection) -> None:
 
 
 async def drop_partitions(connection: Connection, window_s: float) -> list[str]:
-    """Drop the past days in which nothing was handled inside the window (their names).
+    """Drop the past days in which nothing was handled inside the window (their names), `window_s` or the longest one in use.
 
     A day is emptied first: that waits only for the transactions on this old partition. To drop it waits for all on the inbox, so
     all that are empty go at once. The first lock that is not free ends it until the next time: each try stalls who comes after.
@@ -90,9 +90,12 @@ _BRIEFLY = "set local lock_timeout = '500ms'; set local idle_in_transaction_sess
 _READING_MS = 2000
 """So long the default partition may be read with everybody waiting."""
 
-_HORIZON = "select now() - interval '1 day' - make_interval(secs => %s)"
+_HORIZON = """\
+select now() - interval '1 day' - make_interval(secs => greatest(%s::double precision, (
+    select max(window_s) from orderbus.consumer where seen_at >= now() - interval '1 day' - make_interval(secs => window_s)
+)))"""
 """What was handled before it may be forgotten. A day more than the window: consumers compare an event's age with it by clocks of
-their own."""
+their own. A consumer that was not seen for its own window has no rows inside it."""
 
 
 async def _exclude(connection: Connection, day: datetime.date, *, is_new: bool) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from orderbus.adapters.postgres.store import open_store
 
 __all__ = ["BUS", "RELAY", "missing_rights"]
 
 BUS = {
     "schema_version": "select",
-    "consumer": "select, insert",
+    "consumer": "select, insert, update (window_s, seen_at)",
     "inbox": "select, insert, delete",
     "outbox": "insert",
     "scheduled": "insert",
@@ -31,7 +33,7 @@ async def missing_rights(url: str, *, relays: bool) -> list[str]:
         (name, right)
         for rights in (BUS, RELAY if relays else {})
         for name, listed in rights.items()
-        for right in listed.split(", ")
+        for right in re.split(r", (?![^(]*\))", listed)
     }
     names, rights = zip(*sorted(wanted), strict=True)
     async with open_store(url, name="orderbus check", pool_size=1) as store:
@@ -46,5 +48,6 @@ async def missing_rights(url: str, *, relays: bool) -> list[str]:
 _MISSING = """\
 select name, wanted from unnest(%s::text[], %s::text[]) as needed (name, wanted)
 where not case name when 'outbox_id_seq' then has_sequence_privilege('orderbus.' || name, wanted)
+    when 'consumer' then has_any_column_privilege('orderbus.' || name, split_part(wanted, ' (', 1))
     else has_table_privilege('orderbus.' || name, wanted) end
 order by name, wanted"""

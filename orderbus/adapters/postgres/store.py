@@ -39,12 +39,14 @@ async def open_store(
     idle_in_transaction_ms: int = 300_000,
     acquire_s: float = 10.0,
     connect_s: float = 5.0,
+    dedupe_window_s: float | None = None,
 ) -> AsyncIterator[PostgresStore]:
     """Open a store at `postgresql://…`, or `embedded` (see embedded.py); `name` shows in pg_stat_activity. asyncio only.
 
     `pool_size` (≥ 1) is how many transactions may be open at once; `acquire_s` how long one more waits. The outbox has up to
     two connections of its own, opened at its first use, so that handlers can't keep the relay waiting. The server ends a
     statement, a wait for a lock and an idle transaction after the given times; what the URL's `options` say goes before.
+    `dedupe_window_s` is how long the consumers need the inbox that begin transactions here: no upkeep forgets sooner.
     Raises UnavailableError, naming host, port and database, when the server can't be reached within `connect_s`.
     """
     if pool_size < 1:
@@ -62,7 +64,7 @@ async def open_store(
     try:
         async with pool.connection():
             pass
-        yield PostgresStore(pool, relay_pool, limit_s=statement_timeout_ms / 1000 + 5)
+        yield PostgresStore(pool, relay_pool, limit_s=statement_timeout_ms / 1000 + 5, window_s=dedupe_window_s)
     finally:
         pool.close()
         relay_pool.close()
@@ -80,9 +82,10 @@ _ALWAYS_BY_INDEX = {"enable_seqscan": "off", "jit": "off"}
 class PostgresStore:
     """Implements orderbus.abc.Store. `limit_s` bounds every conversation with the server, should the server's own limits fail."""
 
-    def __init__(self, pool: Pool, relay_pool: Pool, *, limit_s: float) -> None:
+    def __init__(self, pool: Pool, relay_pool: Pool, *, limit_s: float, window_s: float | None = None) -> None:
         self._pool = pool
         self._limit_s = limit_s
+        self._window_s = window_s
         self._numbers: dict[str, int] = {}
         self.outbox = PostgresOutbox(relay_pool, limit_s=limit_s)
 
@@ -129,6 +132,11 @@ class PostgresStore:
         A step that fails keeps none of the others from being taken; then it raises. Raises UsageError where the role does not own
         the inbox, as one with few rights does not: its owner has to do it.
         """
+        failures: list[Exception] = []
+        try:
+            await self._keep_windows()
+        except (UnavailableError, psycopg.Error) as error:
+            failures.append(error)
         async with (
             self._pool.connection(is_kept=False) as connection,
             _permitted(self._pool.where, "what owns the schema orderbus"),
@@ -136,7 +144,8 @@ class PostgresStore:
             async with self._ours():
                 await _require_ownership(connection, self._pool.where)
                 is_mine = await _try_lock(connection)
-            failures = await self._keep_up(connection, window_s) if is_mine else []
+            if is_mine:
+                failures += await self._keep_up(connection, window_s)
             for failure in failures[1:]:
                 log.warning("the upkeep of inbox and outbox waits for the next hour: %s", failure)
             if failures:
@@ -163,6 +172,11 @@ class PostgresStore:
             await connection.execute(_UNLOCK)
         return failures
 
+    async def _keep_windows(self) -> None:
+        if self._numbers:
+            async with self._pool.connection() as connection, self._ours():
+                await inbox_table.keep_windows(connection, list(self._numbers), self._window_s)
+
     def _ours(self) -> AbstractAsyncContextManager[None]:
         return limited(self._pool.where, self._limit_s, is_ours=True)
 
@@ -171,7 +185,7 @@ class PostgresStore:
         unknown = {entry.consumer for entry in entries}.difference(self._numbers)
         if unknown:
             async with self._pool.connection() as connection, limited(self._pool.where, self._limit_s):
-                self._numbers.update(await inbox_table.number_consumers(connection, sorted(unknown)))
+                self._numbers.update(await inbox_table.number_consumers(connection, sorted(unknown), self._window_s))
 
 
 @asynccontextmanager

@@ -73,10 +73,12 @@ create table orderbus.lease (
     until  timestamptz not null
 );
 
--- Numbers for handlers' names, so that an inbox row stays short.
+-- Numbers for handlers' names, so that an inbox row stays short; and for how long each needs its rows, told again every hour.
 create table orderbus.consumer (
-    id   integer generated always as identity primary key,
-    name text    not null unique
+    id       integer          generated always as identity primary key,
+    name     text             not null unique,
+    window_s double precision,
+    seen_at  timestamptz      not null default now()
 );
 
 -- Which consumer has handled which event. Partitioned by the day in the event's id (UUIDv7); ids of other kinds and days
