@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
+from contextlib import closing
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
@@ -13,6 +16,7 @@ from psycopg import errors
 from orderbus.abc import Deferred, InboxEntry, Verdict
 from orderbus.adapters.postgres import PostgresStore, open_store
 from orderbus.errors import TransientError, UnavailableError, UsageError
+from tests.faults.proxy import Proxy
 from tests.postgres.conftest import ALL, Sql, emit, event_id, row
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -302,6 +306,24 @@ async def test_a_cancelled_call_leaves_no_transaction_behind_and_no_connection_s
             await transaction.rollback()
         assert query("select text from notes") == [("first",)]
         assert query("select id from orderbus.outbox") == []
+
+
+async def test_where_nobody_answers_a_cancelled_call_ends_and_stops_nobody_else(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the request to stop the statement is answered; libpq's older function would wait for that with Python's lock in hand."""
+    monkeypatch.setattr("orderbus.adapters.postgres.transaction.CANCEL_S", 0.1)
+    parts = urlsplit(postgres_url)
+    with closing(Proxy(parts.port or 5432, random.Random(1))) as proxy:
+        through = parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}")
+        async with open_store(urlunsplit(through), name="tests", pool_size=1) as store:
+            transaction = await store.begin()
+            proxy.black_hole()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await transaction.execute("select pg_sleep(60)", ())
+            async with asyncio.timeout(20):
+                await transaction.rollback()
 
 
 async def test_a_transaction_more_than_the_pool_has_places_waits_and_then_says_why(url: str) -> None:

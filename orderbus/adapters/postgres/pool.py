@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
+from psycopg import capabilities
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
@@ -109,6 +110,7 @@ class Pool:
         async with limited(self.where, self._connect_s):
             connection = await Connection.connect(self._conninfo, autocommit=True)
         connection.prepared, connection.serial = {}, 0
+        connection.canceller = connection.pgconn.cancel_conn() if capabilities.has_cancel_safe() else None
         register(connection)
         return connection
 

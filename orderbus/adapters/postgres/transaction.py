@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +48,6 @@ class PostgresTransaction:
         self._open: Connection | None = connection
         self._numbers = numbers
         self._limit_s = limit_s
-        self._cancel = connection.pgconn.get_cancel()
         self._may_lack_statements = False
         """psycopg drops all prepared statements, ours too, after a savepoint's rollback or a change of the schema that it has seen."""
 
@@ -112,7 +110,7 @@ class PostgresTransaction:
         try:
             if self._open is not None and self._open.closed:
                 async with limited(self._pool.where, CANCEL_S):
-                    await asyncio.to_thread(self._cancel.cancel)
+                    await self._open.stop_statement()
             elif self._open is not None and self._open.pgconn.transaction_status != TransactionStatus.IDLE:
                 async with limited(self._pool.where, self._limit_s):
                     # Not through psycopg, which would then drop every prepared statement of the connection.

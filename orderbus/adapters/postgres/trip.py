@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import errors
 from psycopg.adapt import Transformer
-from psycopg.pq import ConnStatus, ExecStatus, Format
-from psycopg.pq.abc import PGconn, PGresult
+from psycopg.pq import ConnStatus, ExecStatus, Format, PollingStatus
+from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 
 from orderbus.adapters.postgres.arrays import Array
 from orderbus.errors import TransientError
@@ -45,6 +45,26 @@ class Connection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     prepared: dict[Prepared, bytes]
     serial: int
+    canceller: PGcancelConn | None
+    """Made with the connection, for one that is closed gives none. None where libpq is older than 17."""
+
+    async def stop_statement(self) -> None:
+        """Have the server stop what this connection, which is closed, has left behind. Once only.
+
+        Over a connection of its own, and never by libpq's older function, in whatever thread: it waits for the server without a limit
+        and keeps Python's lock meanwhile, so that a server that does not answer would stop the whole process. Where libpq has no other,
+        the server's own limits end the statement. Raises OperationalError.
+        """
+        if self.canceller is None:
+            return
+        try:
+            self.canceller.start()
+            while (status := self.canceller.poll()) != PollingStatus.OK:
+                if status == PollingStatus.FAILED:
+                    raise psycopg.OperationalError(self.canceller.get_error_message())
+                await _until_ready(self.canceller.socket, or_writable=status == PollingStatus.WRITING)
+        finally:
+            self.canceller.finish()
 
 
 async def trip(connection: Connection, calls: Sequence[Call]) -> list[PGresult]:
