@@ -238,3 +238,14 @@ async def test_a_lost_connection_is_told_of_without_a_traceback(
     told = [record for record in caplog.records if record.name == "aiormq.connection"]
     assert told
     assert not any(record.exc_info for record in told)
+
+
+async def test_whatever_aiormq_raises_for_a_server_that_hung_up_is_a_lost_connection(vhost_url: str) -> None:
+    """Over TLS, where the last frame and the end arrive together, it raises Exception itself."""
+    connection = Connection(parse_address(vhost_url), "test")
+
+    async def hung_up() -> None:
+        raise Exception
+
+    with pytest.raises(UnavailableError, match=r"asking, .*: ConnectionError: the server closed the connection"):
+        await connection.call(hung_up(), "asking", on_giving_up=lambda _: None)

@@ -37,4 +37,9 @@ async def within(limit_s: float, call: Coroutine[Any, Any, T], what: str, *, on_
                 await asyncio.wait({task}, timeout=GRACE_S)
     if not task.done() or task.cancelled():
         raise UnavailableError(f"no answer within {limit_s:g} s")
-    return task.result()
+    try:
+        return task.result()
+    except Exception as failure:
+        if type(failure) is Exception:  # aiormq (7.2.4) has nothing else to say where the server hung up between two frames
+            raise ConnectionError("the server closed the connection") from failure
+        raise
