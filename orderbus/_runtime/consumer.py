@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import anyio
 
 from orderbus._core.policy import backoff_s
-from orderbus._core.topology import QueueNeed
+from orderbus._core.topology import QueueNeed, topology_for
 from orderbus._core.work import Route
 from orderbus._runtime.accounts import Accounts
 from orderbus._runtime.environment import Environment
@@ -30,6 +30,8 @@ class Consumer:
         self.routes = dict(routes)
         self.guards = guards
         self.env = env
+        self._topology = topology_for([need])
+        """What it declares anew when it comes back: were it that of the whole group, a queue in trouble would keep all others away."""
         self.prefetch = max(handler.prefetch for handler in handlers)
         self.concurrency = max(handler.options.concurrency for handler in handlers)
         self.fuse = min(handler.options.fuse for handler in handlers)
@@ -55,7 +57,7 @@ class Consumer:
             session: Session | None = None
             try:
                 if failures:
-                    await self.env.broker.apply(self.env.topology)
+                    await self.env.broker.apply(self._topology)
                 async with self.env.broker.subscribe(self.queue, prefetch=self.prefetch) as subscription:
                     session = self._session = Session(self, subscription)
                     if self._stopping.is_set():

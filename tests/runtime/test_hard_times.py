@@ -4,6 +4,7 @@ import anyio
 import pytest
 
 from orderbus import Retry, Tx, UnavailableError, new_id
+from orderbus._core.topology import Topology
 from tests.runtime.faults import StoreFaults
 from tests.runtime.world import Log, Noted, Paid, Placed, World, receipt_of, until
 
@@ -89,6 +90,32 @@ async def test_a_bus_consumes_from_its_start_to_its_stop_but_for_the_time_that_a
         await until(lambda: bus.consuming)
     assert not bus.consuming
     assert log.lines == [False] * len(log.lines)
+
+
+async def test_a_queue_in_trouble_keeps_no_other_away(world: World) -> None:
+    bus, log = world.bus(), Log()
+    apply = world.broker.apply
+
+    @bus.on(Placed)
+    async def handle(event: Placed) -> None:
+        log("placed")
+
+    @bus.on(Paid)
+    async def handle_paid(event: Paid) -> None:
+        pass
+
+    async def in_trouble(topology: Topology) -> None:
+        if any(queue.name == "shop.orders.paid" for queue in topology.queues):
+            raise UnavailableError("the queue has no leader")
+        await apply(topology)
+
+    async with bus:
+        world.broker.apply = in_trouble
+        world.broker.drop_connections()
+        await until(lambda: bus.stats.reconnects >= 4)
+        assert not bus.consuming
+        await world.send(Placed(order="a"))
+        await log.reached(1)
 
 
 async def test_a_handler_that_runs_while_the_connection_is_lost_may_finish_and_is_not_repeated(world: World) -> None:
