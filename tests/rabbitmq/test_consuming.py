@@ -12,13 +12,16 @@ from orderbus import Bus, Event, Retry, Settings
 from orderbus._core.message import Incoming, Outgoing, Receipt, Settlement
 from orderbus._core.topology import DELIVERY_LIMIT, Queue, Topology
 from orderbus.adapters.rabbitmq import RabbitBroker, open_broker
-from orderbus.adapters.rabbitmq.frames import ack
+from orderbus.adapters.rabbitmq.connection import Connection
+from orderbus.adapters.rabbitmq.content import DeliverySink
+from orderbus.adapters.rabbitmq.frames import CHANNEL_CLOSE_OK, ack
 from orderbus.adapters.rabbitmq.subscription import DOUBTED_AFTER, Subscription
 from orderbus.errors import InvariantError, UnavailableError, UsageError
 from tests.rabbitmq.conftest import Place, delete_queue, have_closed
 from tests.servers import Rabbit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+CONSUME_OK, CLOSE_OK = (60 << 16 | 21).to_bytes(4, "big"), CHANNEL_CLOSE_OK.to_bytes(4, "big")
 ACK, RELEASE, REJECT = Settlement.ACK, Settlement.RELEASE, Settlement.REJECT
 
 
@@ -69,6 +72,34 @@ async def test_prefetch_bounds_what_is_unsettled(broker: RabbitBroker, place: Pl
             subscription.settle(delivery, ACK)
         assert numbers(await take(subscription, 3)) == [5, 6, 7]
     await ready(broker, place.queue, 6)
+
+
+async def test_a_queue_that_does_not_answer_costs_no_other_its_connection(
+    broker: RabbitBroker, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a majority: neither the consume nor the close of its channel is answered for long."""
+    ill = Place()
+    await broker.apply(ill.topology())
+    frame = DeliverySink.frame
+
+    def unanswered(sink: DeliverySink, kind: int, data: bytes, start: int, end: int) -> bool:
+        if sink._queue == ill.queue and data[start : start + 4] in (CONSUME_OK, CLOSE_OK):
+            return False
+        return frame(sink, kind, data, start, end)
+
+    await fill(broker, place.queue, 2)
+    async with broker.subscribe(place.queue, prefetch=1) as healthy:
+        first = await take(healthy, 1)
+        monkeypatch.setattr(DeliverySink, "frame", unanswered)
+        monkeypatch.setattr(Connection.call, "__kwdefaults__", {"limit_s": 0.5})
+        with pytest.raises(UnavailableError, match="consuming, queue"):
+            async with broker.subscribe(ill.queue, prefetch=1):
+                raise AssertionError("it was consumed")
+        healthy.settle(first[0], ACK)
+        await healthy.flush()
+        assert numbers(await take(healthy, 1)) == [1]
+    monkeypatch.undo()
+    await delete_queue(broker, ill.queue)
 
 
 @pytest.mark.parametrize("how", [RELEASE, REJECT])

@@ -206,7 +206,9 @@ class Subscription:
             )
         except ChannelClosed as failure:
             raise UnavailableError(f"queue {self._queue!r}: {describe(failure)}") from failure
-        if not life.sink.is_closed:
+        if not life.sink.is_closed and not life.is_untouched:
+            # So that what was handed over comes back. Where nothing was, the broker closes it in its own time: the queue may have lost its
+            # majority, and all others of this connection are well.
             self._connection.abort("a channel could not be closed")
 
     async def _consume(self, life: _Life) -> None:
