@@ -9,7 +9,10 @@ from typing import NamedTuple
 import msgspec
 
 PLACED, APPLIED, FOLLOWED = "faults.faults.placed", "faults.faults.applied", "faults-trail.faults.placed"
+LATER = "faults.faults.later"
 """The consumers that have an inbox."""
+REMINDED_EVERY = 20
+"""With each number that this divides, an event for later was emitted."""
 
 
 class Place(NamedTuple):
@@ -41,7 +44,7 @@ class Letter(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What each source of truth holds when everything is quiet.
 
-    `placed` and `applied`: a number for each row of effect. `trail`: key, seq and n in the order in which they were written; None where
+    `placed`, `applied` and `later`: a number for each row of effect. `trail`: key, seq and n in the order in which they were written; None where
     nobody followed. `noted`: effects outside any database, a number each; None where nobody noted. `unpublished`: rows of the outbox
     and stuck ones. `unhandled`: messages in queues that are no dead letter queues. `handled`: rows of the inbox, for each consumer.
     `strangers`: where the letters must lie that the run sent to be parked, and how many. `most_repeated`: how many may come again; None
@@ -51,6 +54,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     committed: Mapping[int, Source]
     placed: Sequence[int]
     applied: Sequence[int]
+    later: Sequence[int] = ()
     trail: Sequence[tuple[str, int, int]] | None = None
     noted: Sequence[int] | None = None
     letters: Sequence[Letter] = ()
@@ -105,8 +109,11 @@ def count(facts: Facts) -> Count:
     lost = found("lost, never placed", sorted(committed - parks - set(facts.placed)))
     lost += found("lost, never applied", sorted(committed - parks - set(facts.applied)))
     lost += found("lost, never parked", sorted(parks - parked))
+    reminded = {n for n in committed if n % REMINDED_EVERY == 0}
+    lost += found("lost, never reminded of", sorted(reminded - set(facts.later)))
     doubled = found("placed twice", _again(facts.placed)) + found("applied twice", _again(facts.applied))
-    everywhere = {*facts.placed, *facts.applied, *(letter.n for letter in others if letter.n is not None)}
+    doubled += found("reminded of twice", _again(facts.later))
+    everywhere = {*facts.placed, *facts.applied, *facts.later, *(letter.n for letter in others if letter.n is not None)}
     disordered = None
     if facts.trail is not None:
         followed = [n for _, _, n in facts.trail]
@@ -146,7 +153,7 @@ def count(facts: Facts) -> Count:
 
 def _check_inbox(facts: Facts, words: list[str]) -> None:
     """Each row of the inbox was committed with one effect, and each effect with one row."""
-    effects = {PLACED: facts.placed, APPLIED: facts.applied, FOLLOWED: [n for _, _, n in facts.trail or ()]}
+    effects = {PLACED: facts.placed, APPLIED: facts.applied, LATER: facts.later, FOLLOWED: [n for _, _, n in facts.trail or ()]}
     for consumer, rows in facts.handled.items():
         found = len(set(effects.get(consumer, ())))
         if rows != found:

@@ -1,8 +1,8 @@
 """What the fault matrix runs as processes of their own: `python -m tests.faults.program ROLE`.
 
-Roles: `producer`, which commits numbered events and rolls some back; `relay`; `service`, which writes a row for each event and
-emits another; `trail`, which is told them in the order of each key; and `notify`, which is guarded by Redis alone. FAULTS_FAILPOINT
-names a point of tests/faults/failpoints.py at which the process kills itself.
+Roles: `producer`, which commits numbered events, some by group commit and some for later, and rolls some back; `relay`; `service`,
+which writes a row for each event and emits another; `trail`, which is told them in the order of each key; and `notify`, which is
+guarded by Redis alone. FAULTS_FAILPOINT names a point of tests/faults/failpoints.py at which the process kills itself.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import anyio
+import psycopg
 
-from orderbus import Bus, Delivery, Event, Park, Retry, Settings, Tx
+from orderbus import Batch, Bus, Delivery, Event, Park, Retry, Settings, Tx
 from tests.faults import failpoints
-from tests.faults.ledger import APPLIED, PLACED, Place
+from tests.faults.ledger import APPLIED, LATER, PLACED, REMINDED_EVERY, Place
 
 KEYS = 200
-PER_TRANSACTION = 20
+PER_TRANSACTION = REMINDED_EVERY
+TOGETHER = 4
+"""So many transactions of a part each, where they share one by group commit."""
 ROLLED_BACK = 10_000_000
 """Events with this number and above belong to transactions that were rolled back: whoever sees one has seen a ghost."""
 PARKS, FAILS_ONCE, FAILS_TWICE = "parks", "fails once", "fails twice"
@@ -43,6 +46,13 @@ class Placed(Event, topic="faults.placed", key="key"):
 
 
 class Applied(Event, topic="faults.applied", key="key"):
+    n: int
+    key: str
+
+
+class Later(Event, topic="faults.later", key="key"):
+    """Emitted with the first event of each transaction, and due a second after it."""
+
     n: int
     key: str
 
@@ -75,6 +85,12 @@ async def apply(event: Placed, tx: Tx, delivery: Delivery) -> Applied:
 @service.on(Applied, fuse=50, concurrency=4, retry=QUICK)
 async def count(event: Applied, tx: Tx) -> None:
     await write(tx, "insert into effect (n, which) select n, 'applied' from unnest(%s::bigint[]) g (n)", event.n)
+
+
+@service.on_batch(Later, most=50, concurrency=2, retry=QUICK)
+async def remind(batch: Batch[Later], tx: Tx) -> None:
+    for event in batch.events:
+        await write(tx, "insert into effect (n, which) select n, 'later' from unnest(%s::bigint[]) g (n)", event.n)
 
 
 @trail.on(Placed, ordered=True, fuse=50, concurrency=4)
@@ -121,11 +137,11 @@ async def produce(rate: float, first: int, seed: int) -> None:
             due, n = time.monotonic(), first
             while not stopped.is_set():
                 rate = math.inf if hurried.is_set() else rate
-                numbers = range(n, n + PER_TRANSACTION)
-                await again_and_again(lambda numbers=numbers: place(numbers, rng))
-                n = numbers.stop
+                keys = sorted(rng.sample(range(KEYS), PER_TRANSACTION))
+                await place(range(n, n + PER_TRANSACTION), keys, together=rng.random() < 0.25)
+                n += PER_TRANSACTION
                 if rng.random() < 0.05:
-                    await roll_back(ROLLED_BACK + n)
+                    await roll_back(ROLLED_BACK + n, at_commit=rng.random() < 0.5)
                 due = max(
                     due + PER_TRANSACTION / rate, time.monotonic() - LATE_S
                 )  # what an outage kept back does not come at once
@@ -140,25 +156,45 @@ async def _wait_for_signals(signals: AsyncIterator[signal.Signals], hurried: any
             return
 
 
-async def place(numbers: range, rng: random.Random) -> None:
-    keys = sorted(rng.sample(range(KEYS), len(numbers)))
+async def place(numbers: range, keys: Sequence[int], *, together: bool) -> None:
+    """In a transaction, or in parts that share one (or two, for a bus has two lanes), until it is committed. No key is in two parts."""
+    if not together:
+        await again_and_again(lambda: _alone(numbers, keys))
+        return
+    size = len(numbers) // TOGETHER
+    async with anyio.create_task_group() as parts:
+        for at in range(0, len(numbers), size):
+            work = functools.partial(_place, numbers=numbers[at : at + size], keys=keys[at : at + size])
+            parts.start_soon(again_and_again, functools.partial(producer.group_commit, work))
+
+
+async def _alone(numbers: range, keys: Sequence[int]) -> None:
     async with producer.transaction() as tx:
-        if await tx.fetch_all("select n from source where n = %s", (numbers[0],)):
-            return  # the commit of an earlier try had taken place
-        rows = await tx.fetch_all(
-            "insert into key (key, seq) select 'k' || k, 1 from unnest(%s::int[]) k order by k"
-            " on conflict (key) do update set seq = key.seq + 1 returning key, seq",
-            (keys,),
-        )
-        placed = []
-        for n, (key, seq) in zip(numbers, rows, strict=True):
-            event = Placed(n=n, key=str(key), seq=int(seq), does=does(n))
-            tx.emit(event)
-            placed.append((n, event.key, event.seq, event.does))
-        await tx.execute(
-            "insert into source (n, key, seq, does) select * from unnest(%s::bigint[], %s::text[], %s::bigint[], %s::text[])",
-            tuple(list(column) for column in zip(*placed, strict=True)),
-        )
+        await _place(tx, numbers, keys)
+
+
+async def _place(tx: Tx, numbers: range, keys: Sequence[int]) -> None:
+    [(due_at, is_there)] = await tx.fetch_all(
+        "select now() + interval '1 s', exists (select from source where n = %s)", (numbers[0],)
+    )
+    if is_there:
+        return  # the commit of an earlier try had taken place
+    rows = await tx.fetch_all(
+        "insert into key (key, seq) select 'k' || k, 1 from unnest(%s::int[]) k order by k"
+        " on conflict (key) do update set seq = key.seq + 1 returning key, seq",
+        (list(keys),),
+    )
+    placed = []
+    for n, (key, seq) in zip(numbers, rows, strict=True):
+        event = Placed(n=n, key=str(key), seq=int(seq), does=does(n))
+        tx.emit(event)
+        placed.append((n, event.key, event.seq, event.does))
+        if n % REMINDED_EVERY == 0:
+            tx.emit(Later(n=n, key=event.key), due_at=due_at)
+    await tx.execute(
+        "insert into source (n, key, seq, does) select * from unnest(%s::bigint[], %s::text[], %s::bigint[], %s::text[])",
+        tuple(list(column) for column in zip(*placed, strict=True)),
+    )
 
 
 def does(n: int) -> str:
@@ -187,13 +223,16 @@ class GivenUp(Exception):
     """Rolls a transaction back."""
 
 
-async def roll_back(n: int) -> None:
+async def roll_back(n: int, *, at_commit: bool) -> None:
+    """By an exception, before anything of the event has left the process; or by the COMMIT itself, which comes after its row."""
     try:
         async with producer.transaction() as tx:
             tx.emit(Placed(n=n, key="ghost", seq=0))
-            raise GivenUp
+            if not at_commit:
+                raise GivenUp
+            await tx.execute("insert into doomed (n) values (%s)", (n,))
     except Exception as error:
-        if not isinstance(error, GivenUp):
+        if not isinstance(error, (GivenUp, psycopg.errors.ForeignKeyViolation)):
             logging.warning("rolling back: %r", error)
 
 
@@ -201,7 +240,7 @@ PARKED = {PARKS: Place(f"{PLACED}.dlq", "asked-for"), KILLS: Place(f"{PLACED}.dl
 """Where an event ends up, by what it makes its handler do."""
 BUSES = {"relay": relay, "service": service, "trail": trail, "notify": notify}
 QUEUES = {
-    "service": [PLACED, APPLIED],
+    "service": [PLACED, APPLIED, LATER],
     "trail": ["faults-trail.ordered"],
     "notify": ["faults-notify.faults.placed"],
 }

@@ -21,7 +21,7 @@ import msgspec
 import psycopg
 
 from orderbus.adapters.postgres import apply
-from tests.faults.ledger import Facts, Letter, Place, Source
+from tests.faults.ledger import REMINDED_EVERY, Facts, Letter, Place, Source
 from tests.faults.program import PARKED, QUEUES, READY
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Servers
@@ -45,9 +45,11 @@ Which = Literal["broker", "database", "redis"]
 TABLES = """
 create table source (n bigint primary key, key text not null, seq bigint not null, does text not null);
 create table key (key text primary key, seq bigint not null);
+create table doomed (n bigint not null references source deferrable initially deferred);
 create table effect (n bigint not null, which text not null);
 create table trail (id bigint generated always as identity primary key, key text not null, seq bigint not null, n bigint not null);
 """
+REMINDED = "select (select count(*) from source where n %% %s = 0) - (select count(*) from effect where which = 'later')"
 HANDLED = "select name, count(event_id) from orderbus.consumer left join orderbus.inbox on consumer = id group by name"
 
 
@@ -403,19 +405,23 @@ class World:
         started = {role.role for role in self.roles}
         if "trail" in started and self.number("select count(*) from trail") < self.committed():
             return False
+        if self.number(REMINDED, REMINDED_EVERY):
+            return False
         if "notify" in started and len(set(self.noted())) < self.committed():
             return False
         if sum(count for queue, count in self.ready().items() if not queue.endswith(DEAD)):
             return False
-        return "notify" not in started or not self._in_hand()
+        return "notify" not in started or not self.in_hand()  # messages whose claim a dead process holds until its lease is over
 
-    def _in_hand(self) -> int:
-        """What consumers hold: with `notify`, messages whose claim a dead process holds until its lease is over."""
+    def in_hand(self, *queues: str) -> int:
+        """How many messages the consumers of these queues (of all) hold."""
         lines = self.servers.rabbit.ctl("list_queues", "-p", self.vhost, "name", "messages_unacknowledged").splitlines()
-        return sum(int(line.split("\t")[1]) for line in lines if line.count("\t") == 1 and line.split("\t")[1].isdigit())
+        held = dict(line.split("\t") for line in lines if line.count("\t") == 1)
+        return sum(int(count) for queue, count in held.items() if count.isdigit() and (queue in queues or not queues))
 
     def _unpublished(self) -> int:
-        return self.number("select (select count(*) from orderbus.outbox) + (select count(*) from orderbus.stuck)")
+        tables = ("outbox", "stuck", "scheduled")
+        return self.number(f"select {' + '.join(f'(select count(*) from orderbus.{table})' for table in tables)}")
 
     def _facts(self) -> Facts:
         started = {role.role for role in self.roles}
@@ -427,6 +433,7 @@ class World:
             committed={n: Source(key, seq, PARKED.get(does)) for n, key, seq, does in source},
             placed=[n for n, which in effects if which == "placed"],
             applied=[n for n, which in effects if which == "applied"],
+            later=[n for n, which in effects if which == "later"],
             trail=[(key, seq, n) for key, seq, n in self.execute("select key, seq, n from trail order by id")]
             if "trail" in started
             else None,

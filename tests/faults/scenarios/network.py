@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from urllib.parse import quote, urlsplit
 
+from tests.faults.program import QUEUES
 from tests.faults.proxy import Proxy
 from tests.faults.scenario import scenario
 from tests.faults.world import Broken, Which, World
@@ -43,20 +44,25 @@ def reset(world: World, which: Which) -> None:
     world.mended()
 
 
+NOTICED = {
+    "broker": {"service": "coming back", "trail": "coming back", "relay": "the outbox waits"},
+    "database": dict.fromkeys(ROLES, "no answer within"),
+}
+"""What each says when it gives its connection up. Who has nothing in hand, and gets nothing, need not notice a database that is away."""
+
+
 def cut(world: World, which: Which, *, up: bool, down: bool) -> None:
-    """Nothing arrives in that direction, and nobody is told, until they have given their connections up."""
+    """Nothing arrives in that direction, and nobody is told, until they have given their connections up, each by a limit of its own."""
     proxy = proxied(world, which)
     world.begin(*ROLES)
     proxy.black_hole(up=up, down=down)
-    applied = -1
+    for name, says in NOTICED[which].items():
 
-    def stands_still() -> bool:
-        nonlocal applied
-        world.pause(1.0, 1.0)
-        return applied == (applied := world.applied())
+        def has_noticed(name: str = name, says: str = says) -> bool:
+            is_idle = which == "database" and name in QUEUES and not world.in_hand(*QUEUES[name])
+            return says in world.role(name).log() or is_idle
 
-    world.until(stands_still, "everything to stand still")
-    world.pause(2 * HEARTBEAT_S, 3 * HEARTBEAT_S)
+        world.until(has_noticed, f"{name} to give its connection up")
     proxy.pass_on()
     world.mended()
 
