@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import random
 import re
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
+import anyio
 import pytest
 from hypothesis import given, strategies as st
 
@@ -19,6 +22,11 @@ from orderbus.testing.sim import Fault, ViolationError, World, explore, faulty, 
 from orderbus.testing.sim.decisions import FAULTS, Decision, parse, text
 from tests.programs import ROOT
 from tests.sim.core import CONSUMING, Paid, Placed, effects, ordered, placing, retries
+
+
+class Pool:
+    """A resource."""
+
 
 TRACES = """
 import hashlib
@@ -125,6 +133,26 @@ def test_work_that_never_ends_is_reported_as_stuck() -> None:
 
     with pytest.raises(ViolationError, match="stuck: "):
         explore(endless, 1)
+
+
+def test_a_process_that_never_ends_is_stuck_also_where_nothing_else_can_happen() -> None:
+    def endless(world: World) -> None:
+        shop = Bus("shop")
+
+        @shop.resource
+        async def pool() -> AsyncIterator[Pool]:
+            yield Pool()
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep_forever()
+
+        @shop.on(Placed)
+        async def note(order: Placed, pool: Pool) -> None: ...
+
+        world.process(shop)
+        world.limit_s = math.inf
+
+    with pytest.raises(ViolationError, match=r"stuck: after .*; told to end, and still here: shop\n"):
+        explore(endless, 200)
 
 
 def test_an_event_published_past_the_outbox_is_no_ghost() -> None:

@@ -14,7 +14,9 @@ from orderbus import Bus, Tx
 from orderbus._core.delivery import Step
 from orderbus._core.message import Settlement
 from orderbus._core.work import AnyOrder, KeyOrder
-from orderbus._runtime import relay
+from orderbus._runtime import engine, relay
+from orderbus._runtime.consumer import Consumer
+from orderbus._runtime.engine import Engine
 from orderbus._runtime.leaving import Leaving
 from orderbus._runtime.relay import Relay
 from orderbus._runtime.session import Session
@@ -200,3 +202,45 @@ def test_a_consumer_that_forgets_what_it_has_received_is_stuck(monkeypatch: pyte
     monkeypatch.setattr(Session, "_wait", lambda self, work, delay_s: None)
 
     assert "stuck: " in caught(effects)
+
+
+async def consumers_never_done(run: Any, done: anyio.Event) -> None:
+    await run()
+    if not isinstance(run.__self__, Consumer):
+        done.set()
+
+
+def test_a_consumer_that_never_says_that_it_is_done_drains_uncleanly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ending", consumers_never_done)
+
+    found = caught(effects)
+
+    assert "unclean: the drain of process shop was not clean after " in found
+
+
+def test_a_consumer_that_goes_on_receiving_drains_only_with_the_grace_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "stop", lambda self: None)
+
+    assert "unclean: the drain of process shop took its grace time of 20 s, though nothing ran" in caught(effects)
+
+
+def test_a_drain_that_waits_without_an_end_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def without_a_limit(self: Engine) -> int:
+        for consumer, _ in self._consumers:
+            consumer.stop()
+        for _, done in self._consumers:
+            await done.wait()
+        return 0
+
+    def idle(world: World) -> None:
+        shop = Bus("shop", settings=CONSUMING)
+
+        @shop.on(Placed)
+        async def pay(order: Placed, tx: Tx) -> None: ...
+
+        world.process(shop)
+
+    monkeypatch.setattr(engine, "_ending", consumers_never_done)
+    monkeypatch.setattr(Engine, "_stop_consumers", without_a_limit)
+
+    assert "there is work left: none in the queues; 0 in the outbox; told to end, and still here: shop" in caught(idle)

@@ -101,7 +101,10 @@ class Loop(asyncio.AbstractEventLoop):  # the rest is sockets, threads and signa
         """What no task could be told."""
 
     def run(self, begin: Callable[[], None], judge: Callable[[bool], None], most_steps: int) -> None:
-        """Run what `begin` starts, have it judged (whether it is over, or has used up its steps), and close what is left of it."""
+        """Run what `begin` starts, have it judged (whether it is over, or stuck), and close what is left of it.
+
+        It is stuck when it has used up its steps, and when nothing can bring about any more what its tasks wait for.
+        """
         hooks = sys.get_asyncgen_hooks()
         unraisable = sys.unraisablehook
         asyncio._set_running_loop(self)
@@ -133,6 +136,8 @@ class Loop(asyncio.AbstractEventLoop):  # the rest is sockets, threads and signa
             while not ready:
                 if self._idle():
                     return True
+                if not self._timers:
+                    return False
                 self._jump()
             handle = ready.popleft()
             life = handle.life
@@ -155,8 +160,6 @@ class Loop(asyncio.AbstractEventLoop):  # the rest is sockets, threads and signa
         return False
 
     def _jump(self) -> None:
-        if not self._timers:
-            raise AssertionError("every process waits for something that nothing can bring about any more")
         self._now, _, handle = heapq.heappop(self._timers)
         self._ready.append(handle)
         while self._timers and self._timers[0][0] <= self._now:

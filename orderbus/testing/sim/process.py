@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +21,17 @@ from orderbus.testing.sim.loop import LIFE, Handle
 from orderbus.testing.sim.servers import LedgerClaims
 
 if TYPE_CHECKING:
+    from types import TracebackType
     from uuid import UUID
 
+    from orderbus._runtime.stats import DrainReceipt
     from orderbus.testing.sim.world import World
 
 __all__ = ["Process", "Script"]
 
 Script = Callable[[Bus], Awaitable[object]]
 RESTART_S = 0.1
+_LASTING = frozenset({Fault.LATE, Fault.ANSWER_LATE, Fault.FROZEN})
 
 
 class Process:
@@ -46,8 +51,9 @@ class Process:
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether nothing is left for it to do of itself."""
-        return self.life is not None and self.life.frozen is None and not self.life.is_dead and self.script is None
+        """Whether nothing is left for it to do of itself: one that is told to end has to end first."""
+        life = self.life
+        return life is not None and life.frozen is None and not (life.is_dead or life.is_stopped) and self.script is None
 
     def start(self) -> None:
         self.lives += 1
@@ -73,6 +79,15 @@ class Life:
         self._stop = anyio.CancelScope()
         self._restart_s = RESTART_S
         self._steps_given = NEVER
+        self._troubles = 0
+        """How often something happened to a call of it, or made it stand still."""
+        self._troubled_until = 0.0
+        """When (s) the last of it that lasts is over."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was told to end."""
+        return self._stop.cancel_called
 
     def begin(self) -> None:
         process, world = self._process, self._world
@@ -91,7 +106,7 @@ class Life:
         process = self._process
         try:
             with self._stop:
-                async with _SimBus(process, url) as bus:
+                async with _SimBus(self, process, url) as bus:
                     if process.script is not None:
                         await process.script(bus)
                         process.script = None
@@ -109,7 +124,10 @@ class Life:
     def at(self, operation: str) -> Decision | None:
         if self.is_dead:
             raise UnavailableError("this process is dead")
-        return self._world.decide(self._process, operation)
+        decision = self._world.decide(self._process, operation)
+        if decision is not None:
+            self._suffers(decision)
+        return decision
 
     def interrupt(self, handle: Handle) -> bool:
         process, world = self._process, self._world
@@ -127,6 +145,7 @@ class Life:
                 self.die(decision.value)
                 return False
             case Fault.FROZEN:
+                self._suffers(decision)
                 self.frozen = [handle]
                 world.after(decision.value, self._thaw)
                 return False
@@ -134,6 +153,17 @@ class Life:
                 world.loop.overtake(handle, int(decision.value))
                 return False
         return True
+
+    @contextmanager
+    def draining(self, bus: Bus, grace_s: float) -> Iterator[None]:
+        """A drain with nothing in its way has a clean receipt, unless a handler takes longer than the grace time."""
+        began, troubles = self._world.loop.time(), self._troubles
+        try:
+            yield
+        finally:  # a bus that is told to end goes on with being cancelled
+            is_judged = not self.is_dead and self._troubles == troubles and self._troubled_until <= began
+            if is_judged and bus.receipt is not None and not bus.receipt.cancelled:
+                self._judge(bus.receipt, grace_s)
 
     def die(self, restart_in_s: float) -> None:
         if self.is_dead:
@@ -158,6 +188,21 @@ class Life:
         if not self.is_dead and handles:
             self._world.loop.resume(handles)
 
+    def _suffers(self, decision: Decision) -> None:
+        lasts_s = 0.0
+        if decision.fault in _LASTING:
+            lasts_s = decision.value
+        elif decision.fault is Fault.DISCONNECTED:  # what it had settled may be lost, and is owed until its next session ends
+            lasts_s = math.inf
+        self._troubles += 1
+        self._troubled_until = max(self._troubled_until, self._world.loop.time() + lasts_s)
+
+    def _judge(self, receipt: DrainReceipt, grace_s: float) -> None:
+        if not receipt.clean:
+            self._world.unclean(self._process, f"was not clean after {receipt.seconds:g} s, though nothing was in its way")
+        elif receipt.seconds >= grace_s and not receipt.finished:
+            self._world.unclean(self._process, f"took its grace time of {grace_s:g} s, though nothing ran")
+
     def _expect(self) -> None:
         self._steps_given = self.steps_left = self._world.chooser.steps(self._process.name, self._process.steps)
 
@@ -169,7 +214,7 @@ class Life:
 class _SimBus(Bus):
     """A bus with the handlers of another, on servers of the simulator."""
 
-    def __init__(self, process: Process, url: str) -> None:
+    def __init__(self, life: Life, process: Process, url: str) -> None:
         original = process.bus
         given: dict[str, Any] = (
             {}
@@ -183,6 +228,12 @@ class _SimBus(Bus):
         self._resources = original._resources
         self._middleware = original._middleware
         self._process = process
+        self._life = life
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._engine is not None
+        with self._life.draining(self, self._engine._settings.grace_s):
+            await super().__aexit__(kind, error, trace)
 
     def plans(self) -> Any:
         return self._process.plans

@@ -138,6 +138,10 @@ class World:
         lines = "".join(traceback.format_exception(error))
         self._failures.append(f"failed: process {process.name} ended with {type(error).__name__}\n{lines}")
 
+    def unclean(self, process: Process, what: str) -> None:
+        """A drain left something undone."""
+        self._failures.append(f"unclean: the drain of process {process.name} {what}")
+
     def run(self, scenario: Callable[[World], object]) -> list[str]:
         """Run a scenario until everything has come to rest; which promises it broke."""
 
@@ -184,7 +188,10 @@ class World:
         if not is_over or self.loop.time() > self.limit_s:
             left = ", ".join(self.broker.left(_is_worked_off)) or "none in the queues"
             when = f"{self.loop.time():g} s and {self.loop.steps} steps"
-            self._broken = [f"stuck: after {when} there is work left: {left}; {len(self.store.outbox.rows())} in the outbox"]
+            work = f"there is work left: {left}; {len(self.store.outbox.rows())} in the outbox"
+            still = [process.name for process in self._processes if process.life is not None and process.life.is_stopped]
+            ending = f"; told to end, and still here: {', '.join(still)}" if still else ""
+            self._broken = [f"stuck: after {when} {work}{ending}"]
             return
         self._broken = self.ledger.broken_promises(self.parked(), self._expects)
         for check in self._invariants:
