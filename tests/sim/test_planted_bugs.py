@@ -17,6 +17,7 @@ from orderbus._core.work import AnyOrder, KeyOrder
 from orderbus._runtime import engine, relay
 from orderbus._runtime.consumer import Consumer
 from orderbus._runtime.engine import Engine
+from orderbus._runtime.guard import ClaimsGuard
 from orderbus._runtime.leaving import Leaving
 from orderbus._runtime.relay import Relay
 from orderbus._runtime.session import Session
@@ -99,6 +100,21 @@ def test_a_claim_that_anybody_may_release_is_held_by_two(monkeypatch: pytest.Mon
     monkeypatch.setattr(MemoryClaims, "_held", held)
 
     assert "was granted while another held it" in caught(overrun)
+
+
+def test_a_guard_that_takes_every_answer_for_a_claim_handles_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = ClaimsGuard._claim
+
+    async def all_granted(self: ClaimsGuard, works: Sequence[Any], outcomes: Any) -> Any:
+        _, token = await claim(self, works, outcomes)
+        return list(works), token
+
+    monkeypatch.setattr(ClaimsGuard, "_claim", all_granted)
+
+    found = caught(claims)
+
+    assert "doubled: ob:inbox:mail.orders.placed:" in found
+    assert "was handled without its claim" in found
 
 
 def test_a_handler_that_writes_past_its_tx_writes_twice() -> None:

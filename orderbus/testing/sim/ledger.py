@@ -45,6 +45,7 @@ class Ledger:
         self._last_handled: dict[tuple[str, str], str] = {}
         self._acked: set[tuple[str, str]] = set()
         self._claims: dict[str, _Claim] = {}
+        self._granted: set[tuple[str, object]] = set()
         self._overrun: set[tuple[str, str]] = set()
 
     def knows(self, handlers: Sequence[Handler]) -> None:
@@ -95,16 +96,20 @@ class Ledger:
 
     def granted(self, key: str, holder: object, until: float) -> None:
         """A claim was granted. `holder` is a process in one of its lives, and its token."""
+        self._granted.add((key, holder))
         claim = self._claims.get(key)
         now = anyio.current_time()
         if claim is not None and claim.until > now and claim.holder != holder:
             self.broken.append(f"doubled: the claim of {key} was granted while another held it")
         self._claims[key] = _Claim(holder, until)
 
-    def completed(self, key: str, until: float, *, is_stored: bool) -> None:
-        """A handler has done its work under a claim; where that is not stored, for the claim had run out."""
+    def completed(self, key: str, holder: object, until: float, *, is_stored: bool) -> None:
+        """A handler has done its work; where that is not stored, its claim had run out, or it was never granted."""
         _, _, name = key.partition("inbox:")
         consumer, _, event_id = name.rpartition(":")
+        if (key, holder) not in self._granted:
+            self.broken.append(f"doubled: {key} was handled without its claim")
+            return
         if not is_stored:
             self._overrun.add((event_id, consumer))
             return

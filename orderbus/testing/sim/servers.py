@@ -127,7 +127,7 @@ class LedgerClaims(MemoryClaims):
         stored = await super().complete(answers, token, keep_ms)
         until = anyio.current_time() + keep_ms / 1000
         for (key, _), is_stored in zip(answers, stored, strict=True):
-            self._ledger.completed(self._prefix + key, until, is_stored=is_stored)
+            self._ledger.completed(self._prefix + key, (self._holder, token), until, is_stored=is_stored)
         return stored
 
     async def release(self, keys: Sequence[str], token: str) -> None:
