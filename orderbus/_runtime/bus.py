@@ -187,6 +187,7 @@ class Bus:
 
         It takes Tx and resources by type; what it returns is emitted. It runs in every process of the group, so rows are
         claimed with `for update skip locked`. What it raises is logged and rolled back, and the next round comes all the same.
+        A stop begins no new round, and cancels one under way only after the grace time.
         """
 
         def register(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:

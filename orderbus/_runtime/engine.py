@@ -72,6 +72,7 @@ class Engine:
         self._commits: GroupCommit | None = None
         self._commits_done = anyio.Event()
         self._consumers: list[tuple[Consumer, anyio.Event]] = []
+        self._repetitions: list[tuple[Repetition, anyio.Event]] = []
         self._relay: Relay | None = None
         self._relay_done = anyio.Event()
         self._drained = anyio.Event()
@@ -185,11 +186,12 @@ class Engine:
                 plan,
                 transaction=self.transaction,
                 resources=self._resources,
-                is_draining=lambda: self.draining,
                 tracing=self.tracing,
                 stats=self.stats,
             )
-            self._tasks.start_soon(repetition.run, name=periodic.place)
+            done = anyio.Event()
+            self._repetitions.append((repetition, done))
+            self._tasks.start_soon(_ending, repetition.run, done, name=periodic.place)
         for consumer, _ in self._consumers:
             await consumer.consuming.wait()
         self.metrics.watch(self)
@@ -215,7 +217,7 @@ class Engine:
         with anyio.CancelScope(shield=True):
             finished_before = sum(consumer.finished for consumer, _ in self._consumers)
             released_before = self.stats.released
-            cancelled = await self._stop_consumers()
+            cancelled = await self._stop_work()
             if self._commits is not None:
                 self._commits.close()
                 with anyio.move_on_after(self._settings.grace_s):
@@ -239,24 +241,29 @@ class Engine:
             )
         log.info("drained %s: %s", self.group, self.receipt)
 
-    async def _stop_consumers(self) -> int:
-        for consumer, _ in self._consumers:
-            consumer.stop()
+    async def _stop_work(self) -> int:
+        """Stop consumers and periodic functions; how much of what they had begun had to be cancelled."""
+        for worker, _ in self._workers():
+            worker.stop()
         with anyio.move_on_after(self._settings.grace_s):
-            for _, done in self._consumers:
+            for _, done in self._workers():
                 await done.wait()
             return 0
-        cancelled = sum(consumer.running for consumer, _ in self._consumers)
-        for consumer, _ in self._consumers:
-            consumer.cancel()
+        cancelled = sum(worker.running for worker, _ in self._workers())
+        for worker, _ in self._workers():
+            worker.cancel()
         with anyio.move_on_after(CANCELLED_GRACE_S):
-            for _, done in self._consumers:
+            for _, done in self._workers():
                 await done.wait()
         return cancelled
 
+    def _workers(self) -> Iterator[tuple[Consumer | Repetition, anyio.Event]]:
+        yield from self._consumers
+        yield from self._repetitions
+
     def _everything_ended(self) -> bool:
         return (
-            all(done.is_set() for _, done in self._consumers)
+            all(done.is_set() for _, done in self._workers())
             and (self._commits is None or self._commits_done.is_set())
             and (self._relay is None or self._relay_done.is_set())
         )

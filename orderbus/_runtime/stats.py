@@ -82,7 +82,7 @@ class DrainReceipt(msgspec.Struct, frozen=True):
     released: int
     """Deliveries given back to the broker untouched, or after their transaction was rolled back."""
     cancelled: int
-    """Deliveries that were cancelled when the grace time ended (among those released)."""
+    """Deliveries that were cancelled when the grace time ended (among those released), and rounds of periodic functions."""
     clean: bool
     """Whether everything started finished in time and every settlement reached the broker."""
     seconds: float

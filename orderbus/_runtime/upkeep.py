@@ -14,7 +14,7 @@ from orderbus._core.work import check_tx_result
 from orderbus._runtime.calling import no_stray_cancellation
 from orderbus._runtime.relay import Relay
 from orderbus._runtime.stats import Stats
-from orderbus._runtime.tracing import Tracing, outside
+from orderbus._runtime.tracing import Tracing
 from orderbus._runtime.tx import Tx
 from orderbus.abc import Backlog, Store
 from orderbus.errors import UnavailableError, UsageError
@@ -35,7 +35,6 @@ class Repetition:
         *,
         transaction: Callable[[], AbstractAsyncContextManager[Tx]],
         resources: Mapping[type, Any],
-        is_draining: Callable[[], bool],
         tracing: Tracing,
         stats: Stats,
     ) -> None:
@@ -43,28 +42,48 @@ class Repetition:
         self._plan = plan
         self._transaction = transaction
         self._resources = resources
-        self._is_draining = is_draining
         self._tracing = tracing
         self._stats = stats
+        self._stopping = anyio.Event()
+        self._working = anyio.CancelScope()
+        self.running = 0
+        """Rounds under way: one or none."""
 
     async def run(self) -> None:
-        outside()
+        """One round after another, until it is stopped between two of them, or cancelled."""
+        with self._working:
+            while True:
+                with anyio.move_on_after(self._periodic.every_s):
+                    await self._stopping.wait()
+                if self._stopping.is_set():
+                    return
+                self.running = 1
+                try:
+                    await self._round()
+                finally:
+                    self.running = 0
+
+    def stop(self) -> None:
+        """Begin no new round; one that is under way goes on."""
+        self._stopping.set()
+
+    def cancel(self) -> None:
+        """Cancel the round that is under way; it is rolled back."""
+        self._working.cancel()
+
+    async def _round(self) -> None:
         periodic = self._periodic
-        while True:
-            await anyio.sleep(periodic.every_s)
-            if self._is_draining():
-                return
-            try:
-                with (
-                    self._tracing.periodic(periodic.place),
-                    anyio.fail_after(periodic.timeout_s),
-                    no_stray_cancellation(periodic.place),
-                ):
-                    await self._once()
-            except Exception:  # the next round comes all the same; this one is rolled back
-                self._stats.failed += 1
-                about = {"orderbus.periodic": getattr(periodic.function, "__qualname__", type(periodic.function).__name__)}
-                log.exception("%s failed; again in %g s", periodic.place, periodic.every_s, extra=about)
+        try:
+            with (
+                self._tracing.periodic(periodic.place),
+                anyio.fail_after(periodic.timeout_s),
+                no_stray_cancellation(periodic.place),
+            ):
+                await self._once()
+        except Exception:  # the next round comes all the same; this one is rolled back
+            self._stats.failed += 1
+            about = {"orderbus.periodic": getattr(periodic.function, "__qualname__", type(periodic.function).__name__)}
+            log.exception("%s failed; again in %g s", periodic.place, periodic.every_s, extra=about)
 
     async def _once(self) -> None:
         periodic, plan, resources = self._periodic, self._plan, self._resources

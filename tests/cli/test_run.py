@@ -75,6 +75,18 @@ def test_work_that_outlasts_the_grace_time_makes_the_exit_code_3(project: Projec
     assert receipt["cancelled"] >= 1
 
 
+def test_a_periodic_function_that_outlasts_the_grace_time_makes_the_exit_code_3(project: Project) -> None:
+    project.write(SHOP.replace("return Ticked(n=1)", 'print("heard", flush=True); await anyio.sleep(3600)'))
+    project.environment["ORDERBUS_GRACE_S"] = "0.2"
+    process = project.start("run", project.bus)
+    open_and_heard(process)
+    process.send_signal(signal.SIGTERM)
+    code, output, errors = ended(process)
+    assert code == 3, errors
+    receipt = json.loads(output.splitlines()[-1])
+    assert (receipt["clean"], receipt["cancelled"]) == (False, 1)
+
+
 def test_a_signal_before_everything_is_open_ends_it_without_a_receipt(project: Project) -> None:
     project.write(
         SHOP

@@ -68,6 +68,82 @@ async def test_what_runs_longer_than_the_grace_time_is_cancelled_rolled_back_and
     assert world.store.outbox.rows() == []
 
 
+def sweeping(bus: Bus, log: Log, seconds: float) -> Bus:
+    """A periodic function that takes its time."""
+
+    @bus.every(1)
+    async def sweep(tx: Tx) -> None:
+        log("begun")
+        tx.emit(Paid(order="a"))
+        await anyio.sleep(seconds)
+        log("ended")
+
+    @bus.on(Paid)
+    async def paid(event: Paid) -> None: ...
+
+    return bus
+
+
+async def test_a_periodic_function_under_way_finishes_and_begins_no_other_round(world: World) -> None:
+    log = Log()
+    bus = sweeping(world.bus(grace_s=20), log, seconds=5)
+
+    async with bus:
+        await log.reached(1)
+
+    receipt = receipt_of(bus)
+    assert log.lines == ["begun", "ended"]
+    assert (receipt.cancelled, receipt.clean) == (0, True)
+    assert receipt.seconds == pytest.approx(5, abs=0.1)
+    assert receipt.stats.relayed == 1
+
+
+async def test_a_periodic_function_that_outlasts_the_grace_time_is_cancelled_rolled_back_and_told(world: World) -> None:
+    log = Log()
+    bus = sweeping(slow(world.bus(grace_s=3), log, seconds=2), log, seconds=50)
+
+    async with bus:
+        await log.reached(1)
+        await send(world, 1)
+        await log.reached(2)
+
+    receipt = receipt_of(bus)
+    assert log.lines == ["begun", ("begun", 0), ("ended", 0)]
+    assert (receipt.finished, receipt.cancelled, receipt.clean, receipt.stats.failed) == (1, 1, False, 0)
+    assert receipt.seconds == pytest.approx(3, abs=0.1)
+    assert receipt.stats.emitted == 1
+
+
+async def test_a_periodic_function_that_will_not_be_cancelled_makes_the_stop_unclean_and_does_not_hold_it(world: World) -> None:
+    bus, log = world.bus(grace_s=3), Log()
+
+    @bus.every(1)
+    async def sweep() -> None:
+        log("begun")
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(50)
+
+    async with bus:
+        await log.reached(1)
+        await bus.drain()
+
+    receipt = receipt_of(bus)
+    assert (receipt.cancelled, receipt.clean) == (1, False)
+    assert receipt.seconds == pytest.approx(8, abs=0.1)
+
+
+async def test_a_periodic_function_that_waits_for_its_next_round_holds_up_no_stop(world: World) -> None:
+    bus = world.bus()
+
+    @bus.every(86_400)
+    async def sweep() -> None: ...
+
+    async with bus:
+        await anyio.sleep(1)
+
+    assert (receipt_of(bus).clean, receipt_of(bus).seconds) == (True, 0)
+
+
 async def stop_by(error: BaseException, bus: Bus, world: World, log: Log) -> None:
     async with bus:
         await send(world, 1)
