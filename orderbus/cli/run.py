@@ -12,13 +12,13 @@ from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
 import anyio
-import anyio.abc
 import msgspec
 import typer
 
 from orderbus._runtime.bus import Bus
 from orderbus._runtime.collecting import collect_rarely
 from orderbus._runtime.opening import scheme_of
+from orderbus._runtime.signals import listen
 from orderbus._runtime.stats import DrainReceipt
 from orderbus.cli.describing import banner
 from orderbus.cli.exits import ExitCode, clear_errors
@@ -96,7 +96,7 @@ async def _run(buses: Sequence[Bus], quiet: bool, is_worker: bool) -> None:
     stop, opened = anyio.Event(), anyio.Event()
     async with anyio.create_task_group() as tasks:
         with anyio.CancelScope() as everything:
-            await tasks.start(_listen, everything, opened, stop)
+            await tasks.start(listen, everything, opened, stop)
             if is_worker:
                 tasks.start_soon(_end_with_parent)
             async with AsyncExitStack() as stack:
@@ -112,19 +112,6 @@ async def _run(buses: Sequence[Bus], quiet: bool, is_worker: bool) -> None:
                     for bus in buses:
                         drains.start_soon(bus.drain)
         tasks.cancel_scope.cancel()
-
-
-async def _listen(
-    everything: anyio.CancelScope, opened: anyio.Event, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None]
-) -> None:
-    """A signal before everything is open cancels the opening: there is nothing to drain yet."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("received %s: %s", signal.Signals(number).name, "draining" if opened.is_set() else "not open yet, leaving")
-            stop.set()
-            if not opened.is_set():
-                everything.cancel()
 
 
 async def _end_with_parent() -> None:

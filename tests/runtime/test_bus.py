@@ -1,6 +1,9 @@
 """What a bus offers beside handlers: transactions, ids, formats, signals, and the errors of its start."""
 
 import gc
+import os
+import signal
+from collections.abc import AsyncIterator
 from datetime import datetime
 from uuid import UUID
 
@@ -22,7 +25,8 @@ from orderbus import (
 )
 from orderbus._core.ids import uuid7_time_ms
 from orderbus._core.topology import QueueNeed, topology_for
-from tests.runtime.world import Log, Noted, Paid, Placed, World
+from tests.runtime.world import Log, Noted, Paid, Placed, World, receipt_of
+from tests.servers import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -165,9 +169,6 @@ async def test_ids_are_of_now_and_in_order() -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 async def test_buses_run_until_a_signal_and_are_drained_together(anyio_backend: str) -> None:
-    import os
-    import signal
-
     buses = [Bus(group, settings=Settings(broker_url="memory://signalled")) for group in ("first", "second")]
     log = Log()
 
@@ -187,6 +188,43 @@ async def test_buses_run_until_a_signal_and_are_drained_together(anyio_backend: 
 
     assert [receipt.clean for receipt in receipts] == [True, True]
     assert log.lines.count("ended") == log.lines.count("begun") >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_a_signal_before_all_buses_are_open_cancels_the_opening_and_drains_those_that_are(
+    anyio_backend: str, number: signal.Signals
+) -> None:
+    first, second = [Bus(group, settings=Settings(broker_url="memory://halfway")) for group in ("first", "second")]
+    closed = Log()
+
+    @second.resource
+    async def never() -> AsyncIterator[Log]:
+        os.kill(os.getpid(), number)
+        try:
+            await anyio.sleep_forever()
+            yield closed
+        finally:
+            closed("second")
+
+    with anyio.fail_after(30):
+        receipts = await run_until_signalled(first, second)
+
+    assert [receipt.clean for receipt in receipts] == [True]
+    assert receipts[0] is first.receipt
+    assert second.receipt is None
+    assert closed.lines == ["second"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_a_bus_that_can_not_start_ends_the_others_and_its_error_comes_out_as_it_was(anyio_backend: str) -> None:
+    first = Bus("first", settings=Settings(broker_url="memory://halfway"))
+    second = Bus("second", settings=Settings(broker_url=f"amqp://guest:guest@127.0.0.1:{free_port()}/"))
+
+    with pytest.raises(UnavailableError, match="the bus 'second' can't start"):
+        await run_until_signalled(first, second)
+
+    assert receipt_of(first).clean
 
 
 async def test_many_events_published_at_once_arrive_in_order(world: World) -> None:
