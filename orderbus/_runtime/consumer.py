@@ -41,7 +41,9 @@ class Consumer:
         self._session: Session | None = None
         self._stopping = anyio.Event()
         self.consuming = anyio.Event()
-        """Set once the queue is consumed for the first time."""
+        """Set once the queue is consumed for the first time, `refused`, or need not be consumed any more."""
+        self.refused: UnavailableError | None = None
+        """Why it could not be consumed the first time: the start is for the engine to end."""
         self.is_consuming = False
         """Whether it is consumed now, as far as this side can tell."""
         self.accounts = Accounts(need.name, env, self.stats)
@@ -51,7 +53,7 @@ class Consumer:
         """Whether some settlement may not have reached the broker yet."""
 
     async def run(self) -> None:
-        """Consume until drained, coming back after every loss. Raises only what no waiting can mend."""
+        """Consume until drained, coming back after every loss but that of the start. Raises only what no waiting can mend."""
         failures = 0
         while not self._stopping.is_set():
             session: Session | None = None
@@ -66,6 +68,10 @@ class Consumer:
                     self.consuming.set()
                     await session.run()
             except UnavailableError as error:
+                if not self.consuming.is_set():
+                    self.refused = error
+                    self.consuming.set()
+                    return
                 log.warning("queue %s: %s; coming back", self.queue, error)
             finally:
                 self.is_consuming = False
@@ -82,6 +88,7 @@ class Consumer:
     def stop(self) -> None:
         """Begin the drain: take no new work, give back what has not begun."""
         self._stopping.set()
+        self.consuming.set()
         if self._session is not None:
             self._session.stop()
 

@@ -137,6 +137,8 @@ class Engine:
         topology = topology_for(needs)
         with starting(self.group, "to declare its queues", self._clock):
             await self.servers.broker.apply(topology)
+        if self.draining:
+            return  # there is nothing to begin any more
         if self.tracing.records:
             self._tasks.start_soon(self.tracing.keep_telling, name="spans")
         caller = Caller(self._resources, self.tracing)
@@ -192,8 +194,11 @@ class Engine:
             done = anyio.Event()
             self._repetitions.append((repetition, done))
             self._tasks.start_soon(_ending, repetition.run, done, name=periodic.place)
-        for consumer, _ in self._consumers:
-            await consumer.consuming.wait()
+        with starting(self.group, "to consume its queues", self._clock):
+            for consumer, _ in self._consumers:
+                await consumer.consuming.wait()
+                if consumer.refused is not None:
+                    raise consumer.refused
         self.metrics.watch(self)
 
     def _guard(self, handler: Handler, caller: Caller, plan: Plan) -> Guard:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import secrets
 import signal
 import subprocess
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pytest
 
 from tests.cli.conftest import Project, ended, lines_until
+from tests.servers import Rabbit
 
 SHOP = """
     import anyio
@@ -109,6 +112,27 @@ def test_a_signal_before_everything_is_open_ends_it_without_a_receipt(project: P
     code, output, errors = ended(process)
     assert (code, output) == (0, "")
     assert "not open yet" in errors
+
+
+@pytest.mark.servers
+def test_a_broker_user_who_may_not_read_the_queue_makes_the_exit_code_4(project: Project, rabbit: Rabbit, vhost_url: str) -> None:
+    parts, name, group = urlsplit(vhost_url), f"deaf-{secrets.token_hex(4)}", f"shop-{secrets.token_hex(4)}"
+    project.write(SHOP.replace('Bus("shop")', f'Bus("{group}")'))
+    project.environment |= {"ORDERBUS_BROKER_URL": vhost_url, "ORDERBUS_DATABASE_URL": "memory://"}
+    assert project.run("topology", "apply", project.bus, "--yes").exit_code == 0  # whoever may not read it can't make it
+    deaf_url = urlunsplit(parts._replace(netloc=f"{name}:secret@{parts.hostname}:{parts.port or 5672}"))
+    project.environment["ORDERBUS_BROKER_URL"] = deaf_url
+    rabbit.ctl("add_user", name, "secret")
+    try:
+        rabbit.ctl("set_permissions", "-p", unquote(parts.path[1:]), name, ".*", ".*", f"^(?!{group}).*$")
+        code, output, errors = project.finish("run", project.bus)
+    finally:
+        rabbit.ctl("delete_user", name)
+
+    assert (code, output) == (4, "")
+    assert f"the bus '{group}' can't start: consuming, queue '{group}.shop.ticked': " in errors
+    assert "ACCESS_REFUSED" in errors
+    assert "Traceback" not in errors
 
 
 def test_the_banner_says_what_consumes_what(project: Project) -> None:
