@@ -24,6 +24,8 @@ GROUP = re.compile(r"[a-z][a-z0-9_-]{0,59}")
 MOST_PREFETCH = 65_535
 ORDERED_RETRY_LIMIT_S = 900.0
 """A key's retries block it inside the process: together they must stay below the broker's consumer timeout (30 min)."""
+HOLD_LIMIT_S = 1_500.0
+"""The broker closes a channel that holds a delivery for 30 min, and counts from the moment it sent it: the wait in the prefetch, too."""
 
 Guard = Literal["inbox", "claims", "none"]
 Source = Literal["event", "batch", "tx", "delivery"]
@@ -79,8 +81,28 @@ class Handler(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def prefetch(self) -> int:
-        """Enough to fill every worker twice, so that none waits for the network."""
-        return self.options.prefetch or min(max(2 * self.options.concurrency * self.options.fuse, 16), MOST_PREFETCH)
+        """Enough to fill every worker twice, so that none waits for the network, as far as the broker waits for the last of them.
+
+        What is ordered may all be of one key, and run one at a time: with more than the usual timeout it has no more than one worker
+        would finish, but a unit for each worker.
+        """
+        options = self.options
+        if options.prefetch is not None:
+            return options.prefetch
+        at_once = options.concurrency * options.fuse
+        most = self.most_prefetch
+        if options.ordered and options.timeout_s > DEFAULT_TIMEOUT_S:
+            most = min(most, max(at_once, self._finished_in_time(options.fuse)))
+        return min(max(2 * at_once, 16), most)
+
+    @property
+    def most_prefetch(self) -> int:
+        """More could be held for longer than the broker allows, though every unit keeps to its timeout."""
+        return self._finished_in_time(self.options.concurrency * self.options.fuse)
+
+    def _finished_in_time(self, at_once: int) -> int:
+        rounds = int(min(HOLD_LIMIT_S / self.options.timeout_s, MOST_PREFETCH))
+        return min(rounds * at_once, MOST_PREFETCH)
 
     @property
     def place(self) -> str:
@@ -154,6 +176,7 @@ def check_options(handler: Handler) -> None:
         raise UsageError(
             f"{handler.place}: timeout={options.timeout_s!r} must be more than 0 and at most 1200 seconds", code="OB311"
         )
+    _check_hold(handler)
     if not isinstance(options.retry, Retry):
         raise UsageError(
             f"{handler.place}: retry={options.retry!r} must be a Retry, such as Retry.exponential(attempts=5)", code="OB311"
@@ -345,6 +368,20 @@ def _check_async(owner: Handler | Periodic) -> None:
     if not (inspect.isfunction(function) or inspect.ismethod(function)) or not inspect.iscoroutinefunction(function):
         name = getattr(function, "__name__", "handle")
         raise UsageError(f"{owner.place}: must be an async function; write `async def {name}(…)`", code="OB301")
+
+
+def _check_hold(handler: Handler) -> None:
+    options, most = handler.options, handler.most_prefetch
+    if options.prefetch is None or options.prefetch <= most:
+        return
+    rounds = -(-options.prefetch // (options.concurrency * options.fuse))
+    raise UsageError(
+        f"{handler.place}: prefetch={options.prefetch} at concurrency={options.concurrency} and "
+        f"{'most' if handler.batch else 'fuse'}={options.fuse} takes {rounds} rounds of up to timeout={options.timeout_s:g} s, "
+        f"{rounds * options.timeout_s:g} s for the last; the broker takes back what is held for 30 min, so {HOLD_LIMIT_S:g} s is "
+        f"the limit: use prefetch={most} or less, a timeout of {int(HOLD_LIMIT_S * 1000 / rounds) / 1000:g} s or less, or more concurrency",
+        code="OB320",
+    )
 
 
 def _is_whole(value: object) -> bool:

@@ -347,6 +347,75 @@ def test_without_a_prefetch_each_worker_has_as_much_again_waiting(bus: Bus, opti
     assert bus.handlers[0].prefetch == prefetch
 
 
+@pytest.mark.parametrize(
+    ("options", "prefetch"),
+    [
+        ({"concurrency": 1, "timeout": 93.75}, 16),
+        ({"concurrency": 1, "timeout": 110}, 13),
+        ({"concurrency": 1, "timeout": 600}, 2),
+        ({"concurrency": 1, "timeout": 1_200}, 1),
+        ({"concurrency": 10, "timeout": 750}, 20),
+        ({"concurrency": 10, "timeout": 751}, 10),
+        ({"concurrency": 2, "fuse": 50, "timeout": 1_200}, 100),
+        ({"concurrency": 1, "timeout": 1e-310}, 16),
+        ({"ordered": True}, 20),
+        ({"ordered": True, "concurrency": 100}, 200),
+        ({"ordered": True, "fuse": 100, "concurrency": 1}, 200),
+        ({"ordered": True, "timeout": 120}, 12),
+        ({"ordered": True, "timeout": 600}, 10),
+        ({"ordered": True, "fuse": 5, "concurrency": 1, "timeout": 600}, 10),
+    ],
+)
+def test_without_a_prefetch_none_waits_for_longer_than_the_broker_allows(
+    bus: Bus, options: dict[str, Any], prefetch: int
+) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    bus.on(Placed, **options)(handle)
+
+    assert bus.handlers[0].prefetch == prefetch
+
+
+@pytest.mark.parametrize(("most", "prefetch"), [(100, 100), (8, 8)])
+def test_a_slow_batch_handler_has_one_batch_in_hand(bus: Bus, most: int, prefetch: int) -> None:
+    async def handle(orders: Batch[Placed]) -> None: ...
+
+    bus.on_batch(Placed, most=most, timeout=1_000)(handle)
+
+    assert bus.handlers[0].prefetch == prefetch
+
+
+def test_a_prefetch_of_which_the_last_waits_too_long_is_refused_with_the_numbers(bus: Bus) -> None:
+    async def handle(order: Placed) -> None: ...
+    async def handle_all(orders: Batch[Placed]) -> None: ...
+
+    refused(
+        lambda: bus.on(Placed, concurrency=3, fuse=2, timeout=400, prefetch=19)(handle),
+        "OB320",
+        "handle (",
+        "prefetch=19 at concurrency=3 and fuse=2 takes 4 rounds of up to timeout=400 s, 1600 s for the last",
+        "use prefetch=18 or less, a timeout of 375 s or less",
+    )
+    refused(lambda: bus.on(Placed, prefetch=500)(handle), "OB320", "3000 s for the last", "a timeout of 30 s or less")
+    refused(lambda: bus.on_batch(Placed, most=10, timeout=1_200, prefetch=11)(handle_all), "OB320", "and most=10 takes 2 rounds")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"concurrency": 3, "fuse": 2, "timeout": 400, "prefetch": 18},
+        {"prefetch": 500, "timeout": 30},
+        {"ordered": True, "prefetch": 250},
+    ],
+)
+def test_a_prefetch_of_which_the_last_is_done_in_time_is_taken(bus: Bus, options: dict[str, Any]) -> None:
+    async def handle(order: Placed) -> None: ...
+
+    bus.on(Placed, **options)(handle)
+
+    assert bus.handlers[0].prefetch == options["prefetch"]
+
+
 class PlacedAgain(Event, topic="orders.placed"):
     pass
 
