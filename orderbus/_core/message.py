@@ -54,7 +54,7 @@ class Receipt(enum.Enum):
     UNROUTABLE = "unroutable"
     """No queue is bound to its routing key: the broker returned it, and keeps nothing."""
     REFUSED = "refused"
-    """The broker said no (basic.nack), or it was refused before sending."""
+    """The broker said no (basic.nack, or the message is larger than it takes), or it was refused before sending."""
     UNKNOWN = "unknown"
     """The connection ended before the answer came: it may be in the queues, or not."""
 

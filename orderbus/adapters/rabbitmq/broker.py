@@ -12,7 +12,7 @@ from orderbus._core.message import Outgoing, Receipt
 from orderbus._core.topology import Topology
 from orderbus.adapters.rabbitmq.address import Address, parse_addresses
 from orderbus.adapters.rabbitmq.connection import CONNECT_S, Connection, connect_to_one
-from orderbus.adapters.rabbitmq.publisher import CONFIRM_S, Publisher
+from orderbus.adapters.rabbitmq.publisher import CONFIRM_S, Publisher, SizeLimit
 from orderbus.adapters.rabbitmq.subscription import Subscription
 from orderbus.adapters.rabbitmq.topology import apply_topology, ready_count
 from orderbus.errors import UsageError
@@ -63,6 +63,7 @@ class RabbitBroker:
         self._consuming_lock = asyncio.Lock()
         self._publishing: Connection | None = None
         self._publisher: Publisher | None = None
+        self._size_limit = SizeLimit()
         self._publishing_lock = asyncio.Lock()
         self._is_closed = False
 
@@ -155,7 +156,7 @@ class RabbitBroker:
             return self._publisher
 
     async def _open_publisher(self, connection: Connection) -> Publisher:
-        publisher = Publisher(connection, self._confirm_s)
+        publisher = Publisher(connection, self._confirm_s, self._size_limit)
         await publisher.open()
         return publisher
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,16 +32,40 @@ MAX_UNANSWERED = 100_000
 _WRITE_BYTES, _WRITE_MESSAGES = 256 * 1024, 64
 """What is written at once, whichever is reached first: the broker begins with the first messages while the last are still being encoded."""
 _NO_EXCHANGE = re.compile(r"NOT_FOUND - no exchange '(.*)' in vhost")
+_TOO_LARGE = re.compile(
+    r"closed the channel: PRECONDITION_FAILED - message size \d+ is larger than (?:configured )?max size (\d+)"
+)
 
 log = logging.getLogger("orderbus.rabbitmq")
+
+
+class SizeLimit:
+    """The broker's own `max_message_size`. It says so only by closing a channel, with all that is unanswered on it.
+
+    What is larger is therefore not even sent for a minute; then one may close a channel again, for the operator may have raised it.
+    """
+
+    KNOWN_S = 60.0
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._until = -math.inf
+
+    def learn(self, limit_bytes: int) -> None:
+        self._bytes, self._until = limit_bytes, asyncio.get_running_loop().time() + self.KNOWN_S
+
+    @property
+    def bytes(self) -> float:
+        return self._bytes if asyncio.get_running_loop().time() < self._until else math.inf
 
 
 class Publisher:
     """One confirming channel. Of no use once `failure` is set: make another."""
 
-    def __init__(self, connection: Connection, confirm_s: float) -> None:
+    def __init__(self, connection: Connection, confirm_s: float, size_limit: SizeLimit) -> None:
         self._connection = connection
         self._confirm_s = confirm_s
+        self._size_limit = size_limit
         self._confirms = Confirms()
         self._sink = ConfirmSink(self._confirms)
         self._turn = asyncio.Lock()
@@ -93,17 +118,17 @@ class Publisher:
 
     async def _send(self, batch: Sequence[Outgoing], sent: SentBatch, receipts: list[Receipt | None]) -> None:
         """Write all of it; `receipts` is filled where a message is refused before sending."""
-        encode = self._encoder.encode
+        encode, limit_bytes = self._encoder.encode, self._size_limit.bytes
         frames: list[bytes] = []
         size, sequence = 0, self._confirms.next_sequence
         for index, message in enumerate(batch):
             try:
+                if len(message.body) > limit_bytes:
+                    raise Unsendable(_larger(message, limit_bytes))
                 frame = encode(message, sequence)
             except Unsendable as failure:
                 receipts[index] = Receipt.REFUSED
-                name = message.message_id[:64]
-                extra = {"event.id": name}
-                log.warning("message %r for exchange %.64r is not sent: %s", name, message.exchange, failure, extra=extra)
+                _tell_refused(message, "not sent", str(failure))
                 continue
             frames.append(frame)
             sequence += 1
@@ -142,6 +167,10 @@ class Publisher:
 
     def _receipts(self, batch: Sequence[Outgoing], sent: SentBatch, receipts: list[Receipt | None]) -> list[Receipt]:
         missing = _NO_EXCHANGE.search(self.failure or "")
+        too_large = _TOO_LARGE.search(self.failure or "")
+        limit_bytes = int(too_large[1]) if too_large else math.inf
+        if too_large:
+            self._size_limit.learn(int(too_large[1]))
         if len(sent.receipts) == len(batch) and sent.open == 0:
             return [receipt for receipt in sent.receipts if receipt is not None]
         answers = iter(sent.receipts)
@@ -150,5 +179,17 @@ class Publisher:
             receipt = refused or next(answers, None) or Receipt.UNKNOWN
             if receipt is Receipt.UNKNOWN and missing and message.exchange == missing[1]:
                 receipt = Receipt.UNROUTABLE  # The broker keeps nothing for an exchange that it does not have.
+            elif receipt is Receipt.UNKNOWN and len(message.body) > limit_bytes:
+                receipt = Receipt.REFUSED  # Nor a message that is larger than it takes, whether it came to it or not.
+                _tell_refused(message, "refused", _larger(message, limit_bytes))
             result.append(receipt)
         return result
+
+
+def _larger(message: Outgoing, limit_bytes: float) -> str:
+    return f"the body takes {len(message.body)} bytes; the broker's max_message_size is {limit_bytes:.0f}"
+
+
+def _tell_refused(message: Outgoing, what: str, why: str) -> None:
+    name = message.message_id[:64]
+    log.warning("message %r for exchange %.64r is %s: %s", name, message.exchange, what, why, extra={"event.id": name})
