@@ -254,7 +254,7 @@ async def latency(job: Job, gate: Gate) -> None:
     bus = Bus(GROUP, settings=Settings(broker_url=job.broker_url, database_url=job.database_url if outbox else None))
     metronome = Metronome(job)
 
-    @bus.on(event, guard="inbox" if outbox else "none", prefetch=job.prefetch, timeout=20)
+    @bus.on(event, guard="inbox" if outbox else "none", prefetch=job.prefetch)
     async def handle(sample: event) -> None:
         metronome.handled(sample.number)
 

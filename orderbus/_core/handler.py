@@ -176,7 +176,6 @@ def check_options(handler: Handler) -> None:
         raise UsageError(
             f"{handler.place}: timeout={options.timeout_s!r} must be more than 0 and at most 1200 seconds", code="OB311"
         )
-    _check_hold(handler)
     if not isinstance(options.retry, Retry):
         raise UsageError(
             f"{handler.place}: retry={options.retry!r} must be a Retry, such as Retry.exponential(attempts=5)", code="OB311"
@@ -368,20 +367,6 @@ def _check_async(owner: Handler | Periodic) -> None:
     if not (inspect.isfunction(function) or inspect.ismethod(function)) or not inspect.iscoroutinefunction(function):
         name = getattr(function, "__name__", "handle")
         raise UsageError(f"{owner.place}: must be an async function; write `async def {name}(…)`", code="OB301")
-
-
-def _check_hold(handler: Handler) -> None:
-    options, most = handler.options, handler.most_prefetch
-    if options.prefetch is None or options.prefetch <= most:
-        return
-    rounds = -(-options.prefetch // (options.concurrency * options.fuse))
-    raise UsageError(
-        f"{handler.place}: prefetch={options.prefetch} at concurrency={options.concurrency} and "
-        f"{'most' if handler.batch else 'fuse'}={options.fuse} takes {rounds} rounds of up to timeout={options.timeout_s:g} s, "
-        f"{rounds * options.timeout_s:g} s for the last; the broker takes back what is held for 30 min, so {HOLD_LIMIT_S:g} s is "
-        f"the limit: use prefetch={most} or less, a timeout of {int(HOLD_LIMIT_S * 1000 / rounds) / 1000:g} s or less, or more concurrency",
-        code="OB320",
-    )
 
 
 def _is_whole(value: object) -> bool:

@@ -112,8 +112,8 @@ class Bus:
         `name`: by what the inbox and the queue know it (its topic, unless given). `retry`: what follows a failure.
         `ordered`: each key's events one at a time, in order. `concurrency`: units at a time (1 to 1000). `fuse`: up to so
         many messages share one transaction (1 to 10,000); a failure rolls back and runs them one by one. `timeout`:
-        seconds until the handler is cancelled (≤ 1200). `prefetch`: most unsettled deliveries (1 to 65,535; all
-        their rounds of `timeout` within 1500 s, for the broker takes back what is held for 30 min; bounded so unless given).
+        seconds until the handler is cancelled (≤ 1200). `prefetch`: most unsettled deliveries (1 to 65,535; unless given, twice
+        what runs at once, or as many as are done within 1500 s: the broker takes back what is held for 30 min).
         `guard`: "inbox" (a row in the handler's transaction; the default where there is a database), "claims" (Redis;
         for handlers that write to no database) or "none". Raises UsageError naming the handler and the fix.
         """

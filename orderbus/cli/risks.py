@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
+from orderbus._core.handler import HOLD_LIMIT_S
 from orderbus._core.settings import Settings, masked
 from orderbus._runtime.bus import Bus
 from orderbus._runtime.opening import scheme_of
@@ -34,6 +35,15 @@ def risks(bus: Bus, settings: Settings) -> Iterator[str]:
             yield (
                 f"{handler.consumer} retries for {longest:g} s, ORDERBUS_DEDUPE_WINDOW_S is {settings.dedupe_window_s:g}: "
                 f"the last tries come too late, and are parked as older-than-window; make one shorter or the other longer"
+            )
+    for handler in bus.handlers:
+        options, most = handler.options, handler.most_prefetch
+        if options.prefetch is not None and options.prefetch > most:
+            rounds = -(-options.prefetch // (options.concurrency * options.fuse))
+            yield (
+                f"{handler.consumer} has prefetch={options.prefetch} and timeout={options.timeout_s:g}: were each of its {rounds} rounds to take "
+                f"as long, the last would be done after {rounds * options.timeout_s:g} s, and RabbitMQ takes back what is held for 30 min; "
+                f"use prefetch={most} or less, or a timeout of {int(HOLD_LIMIT_S * 1000 / rounds) / 1000:g} s or less"
             )
     for name, url in (("BROKER", settings.broker_url), ("REDIS", settings.redis_url)):
         if url is not None and (safe := PLAIN.get(scheme_of(url))) and not _is_here(url):

@@ -76,3 +76,19 @@ def test_a_run_says_its_risks_beside_the_banner(project: Project) -> None:
     process.terminate()
     assert ended(process)[0] == 0
     assert "ORDERBUS_BROKER_URL is memory://: what waits in its queues ends with this process" in said
+
+
+def test_a_prefetch_of_which_the_last_may_wait_too_long_is_warned_of_with_the_numbers() -> None:
+    bus = Bus("shop")
+
+    @bus.on(Placed, concurrency=3, fuse=2, timeout=400, prefetch=19)
+    async def pay(order: Placed, tx: Tx) -> None: ...
+
+    @bus.on(Placed, name="quick", timeout=20, prefetch=500)
+    async def note(order: Placed, tx: Tx) -> None: ...
+
+    (warning,) = risks(bus, Settings(**SAFE))  # type: ignore[arg-type]
+    assert warning == (
+        "shop.orders.placed has prefetch=19 and timeout=400: were each of its 4 rounds to take as long, the last would be done after 1600 s, "
+        "and RabbitMQ takes back what is held for 30 min; use prefetch=18 or less, or a timeout of 375 s or less"
+    )

@@ -385,21 +385,6 @@ def test_a_slow_batch_handler_has_one_batch_in_hand(bus: Bus, most: int, prefetc
     assert bus.handlers[0].prefetch == prefetch
 
 
-def test_a_prefetch_of_which_the_last_waits_too_long_is_refused_with_the_numbers(bus: Bus) -> None:
-    async def handle(order: Placed) -> None: ...
-    async def handle_all(orders: Batch[Placed]) -> None: ...
-
-    refused(
-        lambda: bus.on(Placed, concurrency=3, fuse=2, timeout=400, prefetch=19)(handle),
-        "OB320",
-        "handle (",
-        "prefetch=19 at concurrency=3 and fuse=2 takes 4 rounds of up to timeout=400 s, 1600 s for the last",
-        "use prefetch=18 or less, a timeout of 375 s or less",
-    )
-    refused(lambda: bus.on(Placed, prefetch=500)(handle), "OB320", "3000 s for the last", "a timeout of 30 s or less")
-    refused(lambda: bus.on_batch(Placed, most=10, timeout=1_200, prefetch=11)(handle_all), "OB320", "and most=10 takes 2 rounds")
-
-
 @pytest.mark.parametrize(
     "options",
     [
