@@ -152,10 +152,10 @@ def count(facts: Facts) -> Count:
 
 
 def _check_inbox(facts: Facts, words: list[str]) -> None:
-    """Each row of the inbox was committed with one effect, and each effect with one row."""
+    """Each row of the inbox was committed with one effect, and each effect with one row; a consumer without any row is no exception."""
     effects = {PLACED: facts.placed, APPLIED: facts.applied, LATER: facts.later, FOLLOWED: [n for _, _, n in facts.trail or ()]}
-    for consumer, rows in facts.handled.items():
-        found = len(set(effects.get(consumer, ())))
+    for consumer in {**effects, **facts.handled}:
+        rows, found = facts.handled.get(consumer, 0), len(set(effects.get(consumer, ())))
         if rows != found:
             words.append(f"{rows} rows in the inbox of {consumer} beside {found} effects")
 

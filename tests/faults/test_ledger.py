@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from tests.faults.ledger import APPLIED, FOLLOWED, PLACED, Count, Facts, Letter, Place, Source, count
+from tests.faults.ledger import APPLIED, FOLLOWED, LATER, PLACED, Count, Facts, Letter, Place, Source, count
 
 PARKED = 7
 ASKED_FOR, BAD_BODY = Place("q.dlq", "asked-for"), Place("q.dlq", "bad-body")
@@ -21,8 +21,15 @@ CLEAN = Facts(
     trail=[(source.key, source.seq, n) for n, source in COMMITTED.items()],
     noted=tuple(COMMITTED),
     letters=[Letter(ASKED_FOR, PARKED)],
-    handled={PLACED: 11, APPLIED: 11, FOLLOWED: 12},
+    handled={PLACED: 11, APPLIED: 11, LATER: 1, FOLLOWED: 12},
 )
+
+
+def with_its_inbox(facts: Facts) -> Facts:
+    """One row for each effect that is there, and so nothing for the count to say about the inbox."""
+    trail = {n for _, _, n in facts.trail or ()}
+    counts = {PLACED: facts.placed, APPLIED: facts.applied, LATER: facts.later}
+    return replace(facts, handled={name: len(set(found)) for name, found in counts.items()} | {FOLLOWED: len(trail)})
 
 
 def swapped(trail: Any, one: int, other: int) -> list[tuple[str, int, int]]:
@@ -34,12 +41,12 @@ def swapped(trail: Any, one: int, other: int) -> list[tuple[str, int, int]]:
 def test_a_run_in_which_nothing_went_wrong_is_clean() -> None:
     assert count(CLEAN) == Count(
         sent=12, parked=1, lost=0, doubled=0, ghosts=0, disordered=0, innocents_parked=0, misparked=0, repeated=0,
-        handled={PLACED: 11, APPLIED: 11, FOLLOWED: 12},
+        handled={PLACED: 11, APPLIED: 11, LATER: 1, FOLLOWED: 12},
     )  # fmt: skip
 
 
 def test_where_nobody_followed_no_order_was_looked_at() -> None:
-    found = count(replace(CLEAN, trail=None, handled={PLACED: 11, APPLIED: 11}))
+    found = count(replace(CLEAN, trail=None, handled={PLACED: 11, APPLIED: 11, LATER: 1}))
 
     assert (found.disordered, found.is_clean) == (None, True)
 
@@ -86,7 +93,7 @@ PLANTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_planted_violation_is_found_and_is_the_only_one(planted: str) -> None:
     changes, kind = PLANTED[planted]
 
-    found = count(replace(CLEAN, handled={}, **changes))
+    found = count(with_its_inbox(replace(CLEAN, **changes)))
 
     assert {name: getattr(found, name) for name in VIOLATIONS} == dict.fromkeys(VIOLATIONS, 0) | {kind: 1}
     assert len(found.words) == 1
@@ -103,6 +110,13 @@ def test_a_stranger_for_a_wrong_reason_or_in_a_wrong_queue_is_one_missing_and_on
 @pytest.mark.parametrize("more", [-1, 1])
 def test_an_inbox_that_does_not_match_its_effects_is_no_clean_end(consumer: str, more: int) -> None:
     assert not count(replace(CLEAN, handled={**CLEAN.handled, consumer: CLEAN.handled[consumer] + more})).is_clean
+
+
+@pytest.mark.parametrize("consumer", [PLACED, APPLIED, LATER, FOLLOWED])
+def test_effects_of_a_consumer_without_any_row_in_the_inbox_are_no_clean_end(consumer: str) -> None:
+    found = count(replace(CLEAN, handled={name: rows for name, rows in CLEAN.handled.items() if name != consumer}))
+
+    assert found.words == (f"0 rows in the inbox of {consumer} beside {CLEAN.handled[consumer]} effects",)
 
 
 @pytest.mark.parametrize("what", ["unpublished", "unhandled"])
