@@ -30,7 +30,7 @@ KEYS = 200
 PER_TRANSACTION = REMINDED_EVERY
 TOGETHER = 4
 """So many transactions of a part each, where they share one by group commit."""
-ROLLED_BACK = 10_000_000
+ROLLED_BACK = 10**15
 """Events with this number and above belong to transactions that were rolled back: whoever sees one has seen a ghost."""
 PARKS, FAILS_ONCE, FAILS_TWICE = "parks", "fails once", "fails twice"
 KILLS = "kills"

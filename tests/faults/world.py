@@ -36,8 +36,8 @@ NODE_LOG_BYTES = 200_000
 DEAD = (".dlq", "ob.lost")
 LEAST = 10_000
 """Events of a run."""
-FIRST_STEP = 100_000
-"""The numbers of a producer's next life begin so much higher."""
+FIRST_STEP = 1_000_000_000
+"""The numbers of a producer's next life begin so much higher: more than it commits in a day."""
 RECOVERED_S = 0.5
 """A backlog of so many seconds of load, or less, is full rate again."""
 

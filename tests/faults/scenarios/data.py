@@ -17,7 +17,7 @@ from tests.faults.world import Broken, World, reason_of
 from tests.rabbitmq.strangers import CONTENT_TYPE, HEADERS, MESSAGE_ID, TYPE, properties, publish_raw, short, text
 
 ALL_QUEUES = (PLACED, *QUEUES["trail"], *QUEUES["notify"])
-FIRST = 20_000_000
+FIRST = 2 * 10**15
 """The numbers of strangers' events are above all others."""
 ROUNDS = 2
 COPIES = 20
