@@ -257,10 +257,11 @@ class Servers:
         return server
 
     def start_all(self) -> None:
-        """What a scenario broke runs again for the next one."""
-        for server in self._made.values():
-            server.thaw()
-            server.start()
+        """What a scenario broke runs again for the next one; each of them, whichever fails."""
+        with ExitStack() as stack:
+            for server in self._made.values():
+                stack.callback(server.start)
+                stack.callback(server.thaw)
 
     def _server(self, name: str, make: Callable[[], Server]) -> Server:
         if name not in self._made:

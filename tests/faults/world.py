@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import shutil
@@ -33,6 +34,8 @@ LIMIT_S = 60.0
 """For anything that must happen: a start, a recovery, the way to quiet."""
 STOP_S = 30.0
 NODE_LOG_BYTES = 200_000
+NAME = 32
+"""So much of the scenario's name is in that of its vhost and database, which may have 63 bytes."""
 DEAD = (".dlq", "ob.lost")
 LEAST = 10_000
 """Events of a run."""
@@ -51,6 +54,10 @@ create table trail (id bigint generated always as identity primary key, key text
 """
 REMINDED = "select (select count(*) from source where n %% %s = 0) - (select count(*) from effect where which = 'later')"
 HANDLED = "select name, count(event_id) from orderbus.consumer left join orderbus.inbox on consumer = id group by name"
+
+
+_worlds = itertools.count()
+"""Part of each one's name: what one leaves behind is in no other's way."""
 
 
 class Broken(AssertionError):
@@ -90,6 +97,11 @@ class Process:
         """SIGKILL."""
         self.process.kill()
         self.process.wait(STOP_S)
+
+    def end(self) -> None:
+        """SIGKILL where it still runs."""
+        if self.runs:
+            self.kill()
 
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
@@ -155,7 +167,7 @@ class World:
     def __enter__(self) -> World:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        name = f"faults_{os.getpid()}_{self._seed}"
+        name = f"faults_{os.getpid()}_{next(_worlds)}_{self._name.replace('-', '_')[:NAME]}"
         try:
             self.broker_url = self._stack.enter_context(self.servers.rabbit.vhost(name))
             self.database_url = self._stack.enter_context(self.servers.postgres.database(name))
@@ -176,17 +188,13 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for role in self.roles:
-            if role.runs:
-                role.kill()
-        for proxy in self._proxies:
-            proxy.close()
-        for call in self._at_end:
-            call()
-        self._disconnect()
-        (self._folder / "rabbitmq.log").write_text(self.servers.rabbit.node_log()[-NODE_LOG_BYTES:])
-        self.servers.start_all()
-        self._stack.close()
+        """Processes, proxies, what the scenario asked for, servers, database and vhost: each has its turn, whichever fails."""
+        with self._stack, ExitStack() as stack:
+            stack.callback(self.servers.start_all)
+            stack.callback(self._keep_node_log)
+            stack.callback(self._disconnect)
+            for call in (*(role.end for role in self.roles), *(proxy.close for proxy in self._proxies), *self._at_end)[::-1]:
+                stack.callback(call)
 
     # The scenario's own words
 
@@ -219,9 +227,7 @@ class World:
 
     def restart(self, name: str, **settings: str) -> Process:
         """SIGKILL where it still runs, and a new one in its place."""
-        role = self.role(name)
-        if role.runs:
-            role.kill()
+        self.role(name).end()
         return self.start(name, **settings)
 
     def proxy(self, which: Which, *, to_port: int | None = None) -> Proxy:
@@ -346,6 +352,9 @@ class World:
         finally:
             if self._connection.closed:
                 self._connection = None
+
+    def _keep_node_log(self) -> None:
+        (self._folder / "rabbitmq.log").write_text(self.servers.rabbit.node_log()[-NODE_LOG_BYTES:])
 
     def _disconnect(self) -> None:
         if self._connection is not None:

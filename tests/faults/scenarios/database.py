@@ -181,8 +181,6 @@ def _with_option(url: str, option: str) -> str:
 def disk_full(world: World) -> None:
     """The tables lie on a small disk, which somebody fills up."""
     with _small_disk(world) as disk:
-        for table in ON_SMALL_DISK:
-            world.execute(f"alter table {table} set tablespace small")
         world.begin()
         with Path(disk, "filler").open("wb") as filler, suppress(OSError):
             while True:
@@ -197,23 +195,22 @@ def disk_full(world: World) -> None:
 
 @contextmanager
 def _small_disk(world: World) -> Iterator[Path]:
-    """The tablespace `small` on a disk of its own. Whatever happens to the scenario, the server is left without it."""
-    disk = world.servers.folder / f"small-{secrets.token_hex(4)}"
+    """A disk of its own, and a tablespace on it for some of the tables. Whatever happens to the scenario, the server is left without them."""
+    name = f"small_{secrets.token_hex(4)}"
+    disk = world.servers.folder / name
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MIB}m", "tmpfs", str(disk)], check=True)
-    try:
+    with ExitStack() as stack:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MIB}m", "tmpfs", str(disk)], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(disk)], check=False)
         (disk / "space").mkdir()
         shutil.chown(disk / "space", "postgres")
-        world.execute(f"create tablespace small location '{disk / 'space'}'")
-        try:
-            yield disk
-        finally:
-            Path(disk, "filler").unlink(missing_ok=True)
-            for table in ON_SMALL_DISK:
-                world.again(f"alter table {table} set tablespace pg_default")
-            world.again("drop tablespace small")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=False)
+        world.execute(f"create tablespace {name} location '{disk / 'space'}'")
+        stack.callback(world.again, f"drop tablespace {name}")
+        for table in ON_SMALL_DISK:
+            world.execute(f"alter table {table} set tablespace {name}")
+            stack.callback(world.again, f"alter table {table} set tablespace pg_default")
+        stack.callback(Path(disk, "filler").unlink, missing_ok=True)
+        yield disk
 
 
 @scenario("transaction-left-open-beside-a-busy-outbox")
