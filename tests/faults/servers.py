@@ -9,8 +9,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import distribution
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +22,12 @@ from tests.servers import Missing, Rabbit, await_startup, free_port, program, ra
 
 START_S = 60.0
 STOP_S = 60.0
+STATES_S = 10.0
 POSTGRES_USER = "postgres"
+STOPPED, GONE = "Tt", "XZ"
+"""States of a process."""
+ENDS_IN = {int(signal.SIGSTOP): STOPPED, int(signal.SIGKILL): ""}
+"""In which of them, beside GONE, a signal leaves whoever gets it."""
 
 
 class Server:
@@ -182,6 +187,24 @@ class PostgresServer(Server):
         """A fast shutdown: open transactions are rolled back, connections closed."""
         super().stop(number)
 
+    def _signal(self, number: int) -> None:
+        """To the postmaster and each of its children, which lead groups of their own; returns when all of them are stopped, or dead.
+
+        The postmaster is stopped first: it starts no more of them meanwhile.
+        """
+        if self._process is None or not self.runs:
+            return
+        postmaster = self._process.pid
+        if number != signal.SIGCONT:
+            os.kill(postmaster, signal.SIGSTOP)
+            await_states([postmaster], STOPPED)
+        children = children_of(postmaster)
+        for pid in (*children, postmaster):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if number in ENDS_IN:
+            await_states(children, ENDS_IN[number])
+
     def _answers(self) -> bool:
         try:
             with psycopg.connect(self.url, connect_timeout=2):
@@ -271,6 +294,30 @@ class Servers:
             if isinstance(server, RabbitServer):
                 await_startup(server)
         return self._made[name]
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that it has started itself."""
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return [pid for pid in pids if state_and_parent(pid)[1] == parent]
+
+
+def await_states(pids: Sequence[int], states: str) -> None:
+    """Until each process is in one of these states of /proc/PID/stat, or gone."""
+    deadline = time.monotonic() + STATES_S
+    while others := {pid: state for pid in pids if (state := state_and_parent(pid)[0]) not in states + GONE}:
+        if time.monotonic() > deadline:
+            raise Missing(f"processes were to be in state {states or GONE!r}, and are not: {others}")
+        time.sleep(0.01)
+
+
+def state_and_parent(pid: int) -> tuple[str, int]:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return GONE[0], 0
+    state, parent = stat.rpartition(")")[2].split()[:2]
+    return state, int(parent)
 
 
 def postgres_binaries() -> Path:

@@ -49,6 +49,7 @@ def killed(world: World) -> None:
 
 @scenario("database-frozen")
 def frozen(world: World) -> None:
+    """SIGSTOP to the server and all its processes: no open connection is answered, and no new one."""
     world.begin()
     world.servers.postgres.freeze()
     world.pause(3.0, 6.0)
