@@ -71,6 +71,8 @@ class Process:
         self.name = name
         self.role = name.partition("-")[0]
         self.log_path = log
+        self.must_run = False
+        """From READY on, until somebody kills it, stops it, or waits for its failpoint: it may not end by itself meanwhile."""
         self._is_asked = False
         with log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -95,6 +97,8 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL."""
+        if self.runs:
+            self.must_run = False
         self.process.kill()
         self.process.wait(STOP_S)
 
@@ -103,7 +107,15 @@ class Process:
         if self.runs:
             self.kill()
 
+    def check(self) -> None:
+        """Raises Broken where it must run and doesn't."""
+        if self.must_run and not self.runs:
+            raise Broken(f"{self.name} has ended by itself, with {self.process.returncode}; see {self.log_path}")
+
     def freeze(self) -> None:
+        """SIGSTOP. Raises Broken where it has ended."""
+        if not self.runs:
+            raise Broken(f"{self.name} was to be frozen, and has ended with {self.process.returncode}; see {self.log_path}")
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -117,12 +129,13 @@ class Process:
     def ask_to_stop(self) -> None:
         """SIGTERM, once: a second one would not wait for the first."""
         if self.runs and not self._is_asked:
-            self._is_asked = True
+            self._is_asked, self.must_run = True, False
             self.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """SIGTERM, and a clean end. Raises Broken where it is none."""
+        """SIGTERM, and a clean end. Raises Broken where it is none, or where it has ended before."""
         self.ask_to_stop()
+        self.check()
         try:
             code = self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -136,6 +149,7 @@ class Process:
         code = self.process.wait(LIMIT_S)
         if code != -signal.SIGKILL:
             raise Broken(f"{self.name} was to be killed at its failpoint, and ended with {code}; see {self.log_path}")
+        self.must_run = False
 
 
 class World:
@@ -146,8 +160,6 @@ class World:
         self.rng = random.Random(seed)
         self.rate = rate
         self.recovery_s: float | None = None
-        self.may_end_badly: set[str] = set()
-        """Roles whose processes need not end with 0."""
         self.strangers: Mapping[Place, int] = {}
         """Letters that the scenario itself has provoked: where they must lie, and how many."""
         self.most_repeated: int | None = None
@@ -226,7 +238,7 @@ class World:
         return next(role for role in reversed(self.roles) if role.name == name)
 
     def restart(self, name: str, **settings: str) -> Process:
-        """SIGKILL where it still runs, and a new one in its place."""
+        """SIGKILL where it still runs, and a new one in its place. Whether it was to run is looked at by `settle`."""
         self.role(name).end()
         return self.start(name, **settings)
 
@@ -265,6 +277,7 @@ class World:
 
     def settle(self) -> Facts:
         """Until no backlog is left and 10,000 events are committed, the last of them in a hurry; then quiet, a clean stop, the facts."""
+        self._check_all()
         if self._mended_at is not None:
             self.until(lambda: self.lag() <= self.rate * RECOVERED_S, "the backlog to be worked off", 3 * LIMIT_S)
             self.recovery_s = time.monotonic() - self._mended_at
@@ -275,6 +288,7 @@ class World:
         self._stop(*producers)
         with suppress(Broken):  # the count says what is missing
             self.until(self._is_quiet, "quiet")
+        self._check_all()
         self._stop(*self.roles)
         return self._facts()
 
@@ -373,17 +387,18 @@ class World:
         self.until(lambda: READY in role.log() or not role.runs, f"{role.name} to be ready")
         if READY not in role.log():
             raise Broken(f"{role.name} ended with {role.process.returncode} before it was ready; see {role.log_path}")
+        role.must_run = True
+
+    def _check_all(self) -> None:
+        for role in self.roles:
+            role.check()
 
     def _stop(self, *roles: Process) -> None:
         running = [role for role in roles if role.runs]
         for role in running:
             role.ask_to_stop()
         for role in running:
-            try:
-                role.stop()
-            except Broken:
-                if role.name not in self.may_end_badly:
-                    raise
+            role.stop()
 
     def _has_done(self, statement: str) -> bool:
         try:

@@ -238,6 +238,7 @@ def poison(world: World, limit: int) -> None:
     deaths = 0
     while not any(letter.n == KILLER for letter in world.letters()):
         if not world.role("service").runs:
+            world.role("service").wait_killed()
             deaths += 1
             if deaths > 3 * limit:
                 raise Broken(f"the service died {deaths} times, and the event is not parked")
