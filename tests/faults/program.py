@@ -35,6 +35,8 @@ ROLLED_BACK = 10**15
 PARKS, FAILS_ONCE, FAILS_TWICE = "parks", "fails once", "fails twice"
 KILLS = "kills"
 READY = "READY"
+UNCLEAN = 3
+"""The exit code of a drain that had to cancel work, or could not settle all of it."""
 LATE_S = 0.1
 
 
@@ -246,8 +248,8 @@ QUEUES = {
 }
 
 
-async def run(bus: Bus) -> None:
-    """Until SIGTERM. SIGUSR1 has it say how many tasks and blocks of memory it holds."""
+async def run(bus: Bus) -> int:
+    """Until SIGTERM; the exit code, as `orderbus run` has it. SIGUSR1 has it say how many tasks and blocks of memory it holds."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
         async with bus:
             print(READY, flush=True)
@@ -257,6 +259,7 @@ async def run(bus: Bus) -> None:
                 gc.collect()
                 print(f"HOLDS {len(asyncio.all_tasks())} {sys.getallocatedblocks()}", flush=True)
     print(bus.receipt, flush=True)
+    return 0 if bus.receipt is not None and bus.receipt.clean else UNCLEAN
 
 
 if __name__ == "__main__":
@@ -266,4 +269,4 @@ if __name__ == "__main__":
         rate, first, number = (os.environ[f"FAULTS_{name}"] for name in ("RATE", "FIRST", "SEED"))
         anyio.run(produce, float(rate), int(first), int(number))
     else:
-        anyio.run(run, BUSES[sys.argv[1]])
+        sys.exit(anyio.run(run, BUSES[sys.argv[1]]))

@@ -52,7 +52,7 @@ def soak(world: World) -> None:
 
     def stopped() -> None:
         name = world.rng.choice(("service-b", "trail-b", "relay-b", "notify-b"))
-        world.role(name).stop()
+        world.role(name).stop(may_be_unclean=True)  # the fault before this one may not be got over
         world.start(name)
 
     def frozen() -> None:
