@@ -48,7 +48,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     nobody followed. `noted`: effects outside any database, a number each; None where nobody noted. `unpublished`: rows of the outbox
     and stuck ones. `unhandled`: messages in queues that are no dead letter queues. `handled`: rows of the inbox, for each consumer.
     `strangers`: where the letters must lie that the run sent to be parked, and how many. `most_repeated`: how many may come again; None
-    where docs/guarantees.md sets no bound.
+    where docs/guarantees.md sets no bound. `least_repeated`: how many must, for the scenario to have done what it says.
     """
 
     committed: Mapping[int, Source]
@@ -63,6 +63,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     handled: Mapping[str, int] = {}
     strangers: Mapping[Place, int] = {}
     most_repeated: int | None = None
+    least_repeated: int = 0
 
 
 class Count(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +133,8 @@ def count(facts: Facts) -> Count:
     _check_inbox(facts, words)
     if facts.most_repeated is not None and repeated > facts.most_repeated:
         words.append(f"{repeated} letters or outside effects came again; {facts.most_repeated} may")
+    if repeated < facts.least_repeated:
+        words.append(f"{repeated} letters or outside effects came again; {facts.least_repeated} must")
     if facts.unpublished:
         words.append(f"{facts.unpublished} rows left in the outbox")
     if facts.unhandled:

@@ -38,6 +38,9 @@ READY = "READY"
 UNCLEAN = 3
 """The exit code of a drain that had to cancel work, or could not settle all of it."""
 LATE_S = 0.1
+FUSE = 50
+LANES, PREFETCH = int(os.environ.get("FAULTS_LANES", "4")), int(os.environ.get("FAULTS_PREFETCH", "0")) or None
+"""How many units `notify` may have in hand at once, and how many messages (None: the library's default)."""
 
 
 class Placed(Event, topic="faults.placed", key="key"):
@@ -114,7 +117,7 @@ async def write(tx: Tx, sql: str, *row: object) -> None:
         tx.defer_row(sql, row)
 
 
-@notify.on(Placed, guard="claims", concurrency=4, fuse=50, timeout=2.0)
+@notify.on(Placed, guard="claims", concurrency=LANES, fuse=FUSE, prefetch=PREFETCH, timeout=2.0)
 async def note(event: Placed) -> None:
     """An outside effect: it stays when the process dies, and no transaction guards it."""
     os.write(notes(), f"{event.n}\n".encode())

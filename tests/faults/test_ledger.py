@@ -134,3 +134,8 @@ def test_an_outside_effect_or_a_letter_that_comes_again_is_told_and_is_no_violat
 @pytest.mark.parametrize(("most", "is_clean"), [(0, False), (1, True)])
 def test_more_that_comes_again_than_the_scenario_allows_is_a_violation(most: int, is_clean: bool) -> None:
     assert count(replace(CLEAN, noted=(*COMMITTED, 3), most_repeated=most)).is_clean == is_clean
+
+
+@pytest.mark.parametrize(("least", "is_clean"), [(1, True), (2, False)])
+def test_less_that_comes_again_than_the_scenario_must_bring_about_is_a_violation(least: int, is_clean: bool) -> None:
+    assert count(replace(CLEAN, noted=(*COMMITTED, 3), least_repeated=least)).is_clean == is_clean

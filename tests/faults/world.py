@@ -169,6 +169,8 @@ class World:
         """Letters that the scenario itself has provoked: where they must lie, and how many."""
         self.most_repeated: int | None = None
         """So many letters and outside effects may come again; None: any number."""
+        self.least_repeated = 0
+        """So many must."""
         self.roles: list[Process] = []
         self._folder = folder
         self._name = name
@@ -474,6 +476,7 @@ class World:
             handled=dict(self.execute(HANDLED)),
             strangers=self.strangers,
             most_repeated=self.most_repeated,
+            least_repeated=self.least_repeated,
         )
 
 

@@ -7,23 +7,42 @@ from functools import partial
 from redis import Redis
 
 from tests.faults.failpoints import NOTIFY, PRODUCER, RELAY, SERVICE, TRAIL
+from tests.faults.program import FUSE
 from tests.faults.scenario import scenario
 from tests.faults.world import Process, World
 
 RANDOM_KILLS = 20
+NOTED_AGAIN = {"before-claim-is-completed": (1, FUSE)}
+"""How many outside calls at least and at most happen a second time; none where nothing is said."""
 QUICK = {"service-after-commit-before-ack", "relay-confirmed-before-delete"}
 
 
 def killed_at(world: World, role: str, failpoint: str) -> None:
     """One that dies at that point under load takes the place of one that does not; then one that does not takes its place."""
-    world.begin(*(("service", "trail", "relay") if role != "notify" else ("service", "relay", "notify")))
+    world.begin()
     world.role(role).kill()
     world.start(role, failpoint=failpoint, is_awaited=False).wait_killed()
     world.start(role)
     world.mended()
 
 
-for _role, _points in (("producer", PRODUCER), ("service", SERVICE), ("relay", RELAY), ("notify", NOTIFY)):
+def notify_killed_at(world: World, failpoint: str) -> None:
+    """As `killed_at`; the one before is stopped, and who dies has one unit in hand: only what that one has noted may be noted again.
+
+    Between `receive` and the claim a unit before it would still be in hand: there it takes one message at a time.
+    """
+    world.least_repeated, world.most_repeated = NOTED_AGAIN.get(failpoint, (0, 0))
+    alone = {"FAULTS_LANES": "1"} | ({"FAULTS_PREFETCH": "1"} if failpoint == "after-receive" else {})
+    world.begin("service", "relay", "notify")
+    world.role("notify").stop()
+    world.start("notify", failpoint=failpoint, is_awaited=False, **alone).wait_killed()
+    world.start("notify")
+    world.mended()
+
+
+for _point in NOTIFY:
+    scenario(f"notify-{_point}-killed")(partial(notify_killed_at, failpoint=_point))
+for _role, _points in (("producer", PRODUCER), ("service", SERVICE), ("relay", RELAY)):
     for _point in _points:
         _name = _point if _point.startswith(_role) else f"{_role}-{_point}"
         scenario(f"{_name}-killed", quick=_name in QUICK)(partial(killed_at, role=_role, failpoint=_point))
