@@ -70,7 +70,7 @@ class Count(msgspec.Struct, frozen=True, kw_only=True):
     """All but `sent`, `handled`, `parked` and `repeated` must be 0. `disordered` is None where nobody followed any order.
 
     `misparked` were to be parked, and lie in another queue or with another reason. `repeated` are letters and outside effects that
-    came again. That they don't is not promised: docs/guarantees.md, "When a process dies", says when they may.
+    came again: docs/guarantees.md, "When a process dies", says when they may.
     """
 
     sent: int

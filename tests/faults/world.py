@@ -168,7 +168,7 @@ class World:
         self.strangers: Mapping[Place, int] = {}
         """Letters that the scenario itself has provoked: where they must lie, and how many."""
         self.most_repeated: int | None = None
-        """So many letters and outside effects may come again; None: any number."""
+        """So many letters and outside effects may come again; None: none where nobody has lost the broker, else any number."""
         self.least_repeated = 0
         """So many must."""
         self.roles: list[Process] = []
@@ -176,6 +176,8 @@ class World:
         self._name = name
         self._seed = seed
         self._lives = 0
+        self._connections: set[str] | None = None
+        """Those to the broker when the load first flowed."""
         self._mended_at: float | None = None
         self._proxies: list[Proxy] = []
         self._at_end: list[Callable[[], object]] = []
@@ -269,6 +271,8 @@ class World:
         """Until so many more have been applied."""
         target = self.applied() + count
         self.until(lambda: self.applied() >= target, f"{count} more events to be applied")
+        if self._connections is None:
+            self._connections = set(self.connections())
 
     def mended(self) -> None:
         """The fault is over: from here the recovery is timed, and it must come while the load goes on."""
@@ -293,6 +297,8 @@ class World:
         for role in producers:
             role.hurry()
         self.until(lambda: self.committed() >= LEAST, f"{LEAST} events to be committed", 2 * LIMIT_S + LEAST / self.rate)
+        if self.most_repeated is None and not self._has_lost_the_broker():
+            self.most_repeated = 0
         self._stop(*producers)
         with suppress(Broken):  # the count says what is missing
             self.until(self._is_quiet, "quiet")
@@ -396,6 +402,10 @@ class World:
         if READY not in role.log():
             raise Broken(f"{role.name} ended with {role.process.returncode} before it was ready; see {role.log_path}")
         role.must_run = True
+
+    def _has_lost_the_broker(self) -> bool:
+        """Whether a process has: it was killed, stopped or cut off; behind a proxy any connection may have been."""
+        return bool(self._proxies) or self._connections is None or not self._connections <= set(self.connections())
 
     def _check_all(self) -> None:
         for role in self.roles:

@@ -23,6 +23,8 @@ GROWTH_MIB = 24.0
 ALARM_S = (6.0, 9.0)
 HEARTBEAT_S = 5
 KILLER = 2005
+PREFETCH = 400
+"""What the service may hold unacknowledged: twice its concurrency times its fuse."""
 
 
 @scenario("broker-killed-and-restarted", quick=True)
@@ -209,6 +211,7 @@ def stale(world: World) -> None:
 @scenario("delivery-acknowledgement-timeout")
 def timeout(world: World) -> None:
     """The broker closes the channel of a consumer that does not acknowledge in time, with 406: it comes back on another one."""
+    world.most_repeated = PREFETCH
     rabbit = world.servers.rabbit
     limits = "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})."
     rabbit.ctl("eval", limits.format(5_000, 500))
