@@ -257,6 +257,6 @@ def test_a_drain_that_waits_without_an_end_is_stuck(monkeypatch: pytest.MonkeyPa
         world.process(shop)
 
     monkeypatch.setattr(engine, "_ending", consumers_never_done)
-    monkeypatch.setattr(Engine, "_stop_consumers", without_a_limit)
+    monkeypatch.setattr(Engine, "_stop_work", without_a_limit)
 
     assert "there is work left: none in the queues; 0 in the outbox; told to end, and still here: shop" in caught(idle)
