@@ -24,13 +24,13 @@ import psycopg
 
 from orderbus import Batch, Bus, Delivery, Event, Park, Retry, Settings, Tx
 from tests.faults import failpoints
-from tests.faults.ledger import APPLIED, LATER, PLACED, REMINDED_EVERY, Place
+from tests.faults.ledger import APPLIED, LATER, PLACED, PRODUCED_BELOW, REMINDED_EVERY, Place
 
 KEYS = 200
 PER_TRANSACTION = REMINDED_EVERY
 TOGETHER = 4
 """So many transactions of a part each, where they share one by group commit."""
-ROLLED_BACK = 10**15
+ROLLED_BACK = PRODUCED_BELOW
 """Events with this number and above belong to transactions that were rolled back: whoever sees one has seen a ghost."""
 PARKS, FAILS_ONCE, FAILS_TWICE = "parks", "fails once", "fails twice"
 KILLS = "kills"
