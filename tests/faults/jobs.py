@@ -58,6 +58,7 @@ def _next(done: Queue[Result]) -> Result | None:
 
 def _job(left: Queue[Task | None], done: Queue[Result], rate: float) -> None:
     def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break the cleanup off: a server stayed, stopped
         done.cancel_join_thread()  # nobody reads any longer
         sys.exit(143)  # so that the servers and processes end with it
 
@@ -67,3 +68,4 @@ def _job(left: Queue[Task | None], done: Queue[Result], rate: float) -> None:
         while (task := left.get()) is not None:
             name, seed = task
             done.put(run(scenarios[name], servers, seed, rate=rate, folder=BUILD / str(seed)))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes when the last result was read, and the cleanup has begun
